@@ -1,0 +1,153 @@
+"""The command line all tools share: one-line errors, YAML with overrides, progress on any terminal.
+
+A mistake of the user's is a `UserError`: it is printed as one line and the process exits with 2. Anything else
+is a defect of ours and keeps its traceback.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+class UserError(Exception):
+    """Something only the user can mend; the message says what is wrong, where, and the remedy."""
+
+
+def fail(message: str) -> NoReturn:
+    """Print `message` as one line on stderr and exit with 2."""
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def one_line(message: object) -> str:
+    """`message` with every run of whitespace made one space."""
+    return re.sub(r"\s+", " ", str(message)).strip()
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run an entry point: `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    raise SystemExit(code or 0)
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], default_config: str | None
+) -> tuple[argparse.Namespace, Path, list[str]]:
+    """Split `[CONFIG] [key=value ...] [flags]` into (flags, config path, overrides).
+
+    The first positional without `=` is the config; without one `default_config` is used.
+    """
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help=f"YAML file (default: {default_config})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, e.g. a.0.b=10")
+    args = parser.parse_intermixed_args(list(argv))
+    words = [w for w in [args.config, *args.overrides] if w is not None]
+    configs = [w for w in words if "=" not in w]
+    if len(configs) > 1:
+        raise UserError(f"more than one config file: {' and '.join(configs)} (overrides are key=value)")
+    if not configs and default_config is None:
+        raise UserError(f"no config file given: usage: {parser.prog} CONFIG [key=value ...]")
+    return args, Path(configs[0] if configs else str(default_config)), [w for w in words if "=" in w]
+
+
+def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file (and the `base:` files it names) and `key=value` overrides into the dataclass `schema`.
+
+    A `base` is relative to the file that names it; later values win, lists are replaced whole. An unknown key
+    or a wrong type raises `UserError` naming the key.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf._utils import get_yaml_loader
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = _read_yaml(path)
+    try:
+        for override in overrides:
+            key, _, text = override.partition("=")
+            try:
+                value = yaml.load(text, Loader=get_yaml_loader())  # a SafeLoader that reads 3e-4 as a number
+                OmegaConf.update(config, key, value, merge=not isinstance(value, list))
+            except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
+                raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        reason = str(getattr(error, "msg", None) or error).split("\n")[0]
+        raise UserError(f"{path}: setting `{key}`: {reason}") from None
+    return settings  # type: ignore[return-value]
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """One YAML file merged onto its `base`, as an OmegaConf node."""
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base` leads back to itself")
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no config file at {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path}: a mapping of settings is expected")
+    base = config.pop("base", None)
+    if base is None:
+        return config
+    return OmegaConf.merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), config)
+
+
+def progress(total: float | None, unit: str, label: str, initial: float = 0, disable: bool = False) -> Any:
+    """A tqdm bar on stderr with rate and ETA; without a terminal plain lines, at most one in ten seconds."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=label,
+        unit_scale=True,
+        dynamic_ncols=terminal,
+        ascii=not terminal,
+        mininterval=0.2 if terminal else 10,
+        file=sys.stderr if terminal else _Lines(),
+        disable=disable,
+        smoothing=0.05,
+    )
+
+
+class _Lines:
+    """A stream for tqdm that turns carriage returns into lines (for logs)."""
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def say(message: str) -> None:
+    """One line of what a tool does, on stderr, clear of a progress bar (stdout is for results)."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
