@@ -1,7 +1,7 @@
 """The command line all tools share: one-line errors, YAML with overrides, progress on any terminal.
 
-A mistake of the user's is a `UserError`: it is printed as one line and the process exits with 2. Anything else
-is a defect of ours and keeps its traceback.
+A mistake of the user's is a `UserError`: it is printed as one line and the process exits with 2. Anything
+else is a defect of ours and keeps its traceback.
 """
 
 import argparse
@@ -65,14 +65,13 @@ def parse(
 
 
 def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file (and the `base:` files it names) and `key=value` overrides into the dataclass `schema`.
+    """Read a YAML file, the `base:` files it names and `key=value` overrides into the dataclass `schema`.
 
     A `base` is relative to the file that names it; later values win, lists are replaced whole. An unknown key
     or a wrong type raises `UserError` naming the key.
     """
     import yaml
     from omegaconf import OmegaConf
-    from omegaconf._utils import get_yaml_loader
     from omegaconf.errors import OmegaConfBaseException
 
     config = _read_yaml(path)
@@ -80,7 +79,7 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
         for override in overrides:
             key, _, text = override.partition("=")
             try:
-                value = yaml.load(text, Loader=get_yaml_loader())  # a SafeLoader that reads 3e-4 as a number
+                value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore
                 OmegaConf.update(config, key, value, merge=not isinstance(value, list))
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
