@@ -1,0 +1,158 @@
+"""Typed settings of a training YAML (`phase*.yaml`), and the step plan they stand for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chimera.cli import UserError, load_settings
+
+if TYPE_CHECKING:
+    from train.schedule import Plan
+
+
+@dataclass
+class PhaseSettings:
+    """A span of steps with one mixture."""
+
+    name: str
+    steps: int
+    proportions: dict[str, Any]  # stream → share: 0.55 or "1/3"; they sum to 1
+    global_train_batch_size: int | None = None  # sequences a step; None: the run's
+
+
+@dataclass
+class StageSettings:
+    """From this step on, sequences of this length."""
+
+    from_step: int
+    seq_len: int
+
+
+@dataclass
+class CurriculumSettings:
+    mode: str = "sequences"  # sequences: constant sequences a step | tokens: constant tokens a step
+    stages: list[StageSettings] = field(default_factory=list)
+
+
+@dataclass
+class OptimizerSettings:
+    """Decoupled AdamW (Loshchilov & Hutter, 2019)."""
+
+    lr: float = 6.0e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1.0e-8
+    weight_decay: float = 1.0e-5  # decoupled: not multiplied by the learning rate's peak
+    clip_norm: float | None = 1.0  # of the global gradient
+
+
+@dataclass
+class SchedulerSettings:
+    """Learning rate over steps; all counts in steps of the whole plan, so that a phase file changes none."""
+
+    name: str = "wsd"  # wsd: warm-up, stable, decay | cosine | constant
+    warmup_steps: int = 0
+    decay_steps: int = 0  # wsd: the last steps of the plan
+    final: float = 0.1  # the end as a share of the peak
+
+
+@dataclass
+class EvalSettings:
+    interval: int = 0  # steps; 0: never
+    blocks: int = 64  # of each stream's eval split, at most
+    seq_lens: list[int] = field(default_factory=list)  # empty: every length of the curriculum
+
+
+@dataclass
+class GenerateSettings:
+    interval: int = 0  # steps; 0: never
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 40
+
+
+@dataclass
+class TrainSettings:
+    run_name: str = "chimera"
+    shards: str = "./data/shards"
+    cache: str = "./cache"
+    cache_limit: str | None = None  # "200gb"
+    predownload: int = 8  # steps ahead
+    num_workers: int = 0
+    seed: int = 17
+    global_train_batch_size: int = 16
+    device_train_microbatch_tokens: Any = "auto"  # tokens a device takes at once | auto
+    num_canonical_nodes: int = 1  # lanes
+    phases: list[PhaseSettings] = field(default_factory=list)
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+    train_on: str = "all"
+    document_mask: bool = True
+    max_duration: str | None = None  # "45000ba"; None: the whole plan
+    max_passes: float = 4.0  # plan warns past it
+    tokens_per_second: float | None = None  # plan's wall-clock
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None  # must be the shards' own; None: theirs
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    precision: str = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
+    attn_implementation: str = "sdpa"  # sdpa | eager | flex_attention | flash_attention_2
+    parallelism: dict[str, Any] = field(default_factory=dict)  # Composer's `parallelism_config`
+    activation_checkpointing: bool = False
+    compile: bool = False
+    liger: bool = False
+    save_folder: str = "./runs/{run_name}"
+    save_interval: int = 1000  # steps
+    save_keep: int = 3  # newest checkpoints kept; -1: all
+    load_path: str | None = None
+    autoresume: bool = False
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+    loggers: list[str] = field(default_factory=list)  # tensorboard, wandb, mlflow; the file always
+    progress_bar: bool = True
+
+
+def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
+    """The settings of a training YAML, checked one by one; raises `UserError` naming the key."""
+    settings = load_settings(TrainSettings, path, overrides)
+    choices = {
+        "curriculum.mode": (settings.curriculum.mode, ("sequences", "tokens")),
+        "train_on": (settings.train_on, ("all", "assistant")),
+        "scheduler.name": (settings.scheduler.name, ("wsd", "cosine", "constant")),
+        "precision": (settings.precision, ("auto", "fp32", "amp_bf16", "amp_fp16")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UserError(f"{path}: setting `{key}` is {value!r}; one of {', '.join(allowed)}")
+    if not settings.phases:
+        raise UserError(f"{path}: setting `phases` is empty; at least one phase is needed")
+    if not settings.curriculum.stages:
+        raise UserError(
+            f"{path}: setting `curriculum.stages` is empty; give one {{from_step: 0, seq_len: ...}}"
+        )
+    microbatch = settings.device_train_microbatch_tokens
+    if microbatch != "auto" and (not isinstance(microbatch, int) or microbatch <= 0):
+        raise UserError(
+            f"{path}: setting `device_train_microbatch_tokens` is {microbatch!r}; tokens as a whole number, or auto"
+        )
+    settings.save_folder = settings.save_folder.replace("{run_name}", settings.run_name)
+    return settings
+
+
+def plan_of(settings: TrainSettings, block_len: int) -> "Plan":
+    """The step plan of `settings` over blocks of `block_len` tokens; raises `UserError` where it has none."""
+    from train.schedule import Phase, ScheduleError, Stage, build_plan, proportion
+
+    try:
+        phases = [
+            Phase(
+                phase.name,
+                phase.steps,
+                {stream: proportion(share) for stream, share in phase.proportions.items()},
+                phase.global_train_batch_size or settings.global_train_batch_size,
+            )
+            for phase in settings.phases
+        ]
+        stages = [Stage(stage.from_step, stage.seq_len) for stage in settings.curriculum.stages]
+        return build_plan(
+            phases, stages, settings.curriculum.mode, block_len=block_len, lanes=settings.num_canonical_nodes
+        )
+    except ScheduleError as error:
+        raise UserError(str(error)) from None
