@@ -124,9 +124,7 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
     if not settings.phases:
         raise UserError(f"{path}: setting `phases` is empty; at least one phase is needed")
     if not settings.curriculum.stages:
-        raise UserError(
-            f"{path}: setting `curriculum.stages` is empty; give one {{from_step: 0, seq_len: ...}}"
-        )
+        raise UserError(f"{path}: setting `curriculum.stages` is empty; give one {{from_step: 0, seq_len: ...}}")
     microbatch = settings.device_train_microbatch_tokens
     if microbatch != "auto" and (not isinstance(microbatch, int) or microbatch <= 0):
         raise UserError(

@@ -1,0 +1,210 @@
+"""Checkpoints: save them whole, find the newest complete one, keep the last few.
+
+Composer writes the files and names (`ep…-ba…-rank….pt`, `latest-rank0.pt`). Here is what a preemptible machine
+needs on top: a damaged file is passed over, a full disk is one clear error, SIGTERM saves within the step, a
+second run on the same folder is refused, and random state is restored in mid-epoch.
+"""
+
+import fcntl
+import os
+import re
+import signal
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, Logger, State, Time, TimeUnit, Trainer
+from composer.callbacks import CheckpointSaver
+from composer.core import Event
+from composer.utils import dist, reproducibility
+
+from chimera.cli import UserError, say
+
+NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
+PREEMPTED = 143  # exit code: 128 + SIGTERM
+
+
+class StopRequested(Exception):
+    """The run was asked to stop and has saved; the process exits with `PREEMPTED`."""
+
+
+def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """All checkpoints of a local folder as (step, path), newest first; a name says nothing about being whole."""
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := NAME.fullmatch(path.name):
+                found.append((int(match[2]), path))
+    return sorted(found, reverse=True)
+
+
+def newest_complete(folder: Path) -> tuple[int, Path] | None:
+    """The newest checkpoint that can be read to its last byte; damaged ones are passed over with a warning."""
+    for step, path in find_checkpoints(folder):
+        if damage := damage_of(path):
+            say(f"warning: checkpoint {path} is damaged ({damage}) and passed over")
+        else:
+            return step, path
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, None if nothing: its zip directory and every checksum are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            return f"checksum of {broken}" if broken else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        return str(error)
+
+
+class Checkpoints(CheckpointSaver):
+    """Composer's saver; also saves when the run is asked to stop, and rotates files of earlier processes too.
+
+    Args:
+        folder: where checkpoints go, local or an object store's URI.
+        interval: steps between checkpoints.
+        keep: newest checkpoints kept in a local folder; -1: all.
+    """
+
+    def __init__(self, folder: str, interval: int, keep: int) -> None:
+        self.interval = interval
+        self.stop_signal: int | None = None
+        self.stopping = False
+        remote = re.fullmatch(r"[a-z0-9]+://[^/]+/?(.*)", folder)
+        prefix = f"{remote[1].rstrip('/')}/" if remote and remote[1] else ""
+        super().__init__(
+            folder=folder,
+            remote_file_name=f"{prefix}ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt",
+            latest_remote_file_name=f"{prefix}latest-rank{{rank}}.pt",
+            save_interval=self._is_due,
+            overwrite=True,  # what is newer than the checkpoint a run resumes from is its own to write again
+            num_checkpoints_to_keep=keep,
+        )
+
+    def _is_due(self, state: State, event: Event) -> bool:
+        if event != Event.BATCH_CHECKPOINT:
+            return False
+        step = state.timestamp.batch.value
+        last = state.max_duration is not None and state.timestamp >= state.max_duration
+        return self.stopping or last or (self.interval > 0 and step % self.interval == 0)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        super().fit_start(state, logger)
+        step = state.timestamp.batch.value
+        if dist.get_global_rank() == 0 and self.remote_uploader is None:
+            older = [(s, p) for s, p in find_checkpoints(Path(self.folder)) if s <= step]
+            self.saved_checkpoints = [str(path) for _, path in reversed(older)]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, _frame: Any) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self.stop_signal = number
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Agree with all ranks whether to stop here: a signal reaches them at different steps."""
+        super().batch_end(state, logger)
+        asked = torch.tensor([int(self.stop_signal is not None)], dtype=torch.uint8)
+        asked = state.device.tensor_to_device(asked)
+        dist.all_reduce(asked, reduce_operation="MAX")
+        if asked.item():
+            self.stopping = True
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        super().batch_checkpoint(state, logger)
+        if self.stopping and state.max_duration is not None and state.timestamp < state.max_duration:
+            raise StopRequested(f"stopped at step {state.timestamp.batch.value}, checkpoint saved")
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        path = Path(self.filename.format(state))
+        try:
+            super()._save_checkpoint(state, logger)
+        except (OSError, RuntimeError) as error:
+            if not path.exists() or damage_of(path) is None:
+                raise
+            path.unlink(missing_ok=True)  # a torn file of ours; the checkpoint before it stays
+            free = os.statvfs(path.parent)
+            raise UserError(
+                f"checkpoint {path} could not be written ({str(error).splitlines()[0]}; "
+                f"{free.f_bavail * free.f_frsize / 1e6:.0f} MB are free there): make room and start again with "
+                f"`autoresume=true`; the run goes on from the checkpoint before"
+            ) from None
+
+    def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
+        self.saved_checkpoints = [path for path in self.saved_checkpoints if os.path.exists(path)]
+        super()._rotate_checkpoints(sharding_enabled)
+
+
+class RestoreRandomState(Callback):
+    """Restore random state at the first resumed batch.
+
+    Composer 0.32 restores it only at an epoch's beginning or while it spins a loader forward; a dataset that
+    resumes by itself gets neither (`Trainer._train_loop`: `_rng_state` is never read in mid-epoch).
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self.trainer is not None and self.trainer._rng_state is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # another rank count than before is what this project is for
+                reproducibility.load_rng_state(self.trainer._rng_state)
+            self.trainer._rng_state = None
+
+
+def lock_folder(folder: Path, patience: float = 60) -> Any:
+    """Hold `folder` for this run (rank 0 only); the lock is the kernel's and ends with the process.
+
+    Waits up to `patience` seconds for a run that is on its way out (it was sent SIGTERM, say), then raises
+    `UserError`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+")
+    deadline, said = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "?"
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"save_folder {folder} is in use by another run (process {holder}): stop that run, or set "
+                    "another `run_name` or `save_folder`"
+                ) from None
+            if not said:
+                say(f"waiting for another run (process {holder}) to leave {folder}")
+                said = True
+            time.sleep(0.5)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that no rank trains on without it (Linux)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return
+
+
+def duration(text: str | None, steps: int) -> Time[int]:
+    """`max_duration` as batches, at most the plan's steps; raises `UserError` for another unit."""
+    if text is None:
+        return Time(steps, TimeUnit.BATCH)
+    if not (match := re.fullmatch(r"(\d+)ba", str(text).replace("_", ""))):
+        raise UserError(f"setting `max_duration` is {text!r}; it is given in steps, like 45000ba")
+    if int(match[1]) > steps:
+        raise UserError(f"setting `max_duration` is {text}, but the phases have {steps} steps in all")
+    return Time(int(match[1]), TimeUnit.BATCH)

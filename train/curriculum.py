@@ -1,0 +1,127 @@
+"""Callback: the sequence length of each step.
+
+On `AFTER_DATALOADER`, when Composer has counted the batch, a step's blocks are viewed at the step's sequence
+length, and the microbatch is set so that a device takes about the same number of tokens at every stage.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+from torch.nn.parallel import DistributedDataParallel
+
+from chimera.cli import UserError, say
+from train.collate import Marks, StepInfo, cut_tokens, trained_tokens, view_sequences
+from train.schedule import Plan
+
+
+class Curriculum(Callback):
+    """Views blocks as sequences and sets the microbatch.
+
+    Args:
+        plan: the run's step plan.
+        marks: ids and rules for labels.
+        microbatch_tokens: tokens a device takes at once; None leaves the microbatch to Composer.
+    """
+
+    def __init__(self, plan: Plan, marks: Marks, microbatch_tokens: int | None) -> None:
+        self.plan = plan
+        self.marks = marks
+        self.microbatch_tokens = microbatch_tokens
+        self.seq_len = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Try the longest stage ahead before the first step, so that running out of memory shows at once."""
+        step = state.timestamp.batch.value
+        ahead = [segment for segment in self.plan.segments if segment.end_step > step]
+        if not ahead or not isinstance(state.device_train_microbatch_size, int):
+            return
+        heaviest = max(ahead, key=lambda segment: (segment.seq_len, segment.sequences_per_step))
+        rank_sequences = heaviest.sequences_per_step // dist.get_world_size()
+        sequences = self._microbatch(heaviest.seq_len, rank_sequences)
+        try:
+            _trial(state, sequences, heaviest.seq_len)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+                raise
+            raise UserError(
+                f"out of memory at the longest stage ahead: {sequences} sequences of {heaviest.seq_len} tokens at "
+                f"once (phase {heaviest.phase_name}, from step {heaviest.first_step}): lower "
+                f"`device_train_microbatch_tokens` (now {sequences * heaviest.seq_len}), or set "
+                "`activation_checkpointing: true`"
+            ) from None
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        batch: dict[str, Any] = state.batch
+        info: StepInfo = batch["info"]
+        if (cut := cut_tokens(batch, self.marks.pad_id)) > 0:
+            logger.log_metrics({"data/tokens_parted_from_their_document": cut})
+        state.batch = view_sequences(batch, self.marks)
+        if info.seq_len != self.seq_len:
+            self.seq_len = info.seq_len
+            state.device_train_microbatch_size = self._microbatch(info.seq_len, info.sequences)
+            if dist.get_global_rank() == 0:
+                say(
+                    f"step {info.step}: phase {info.phase}, sequences of {info.seq_len} tokens, "
+                    f"{info.sequences} a rank, {state.device_train_microbatch_size} at once"
+                )
+            _report_recompilations()
+        logger.log_metrics({"curriculum/seq_len": info.seq_len})
+
+    def _microbatch(self, seq_len: int, rank_sequences: int) -> int:
+        """Sequences a device takes at once, at least one and at most its share of the step."""
+        if self.microbatch_tokens is None:
+            return rank_sequences
+        return max(1, min(rank_sequences, self.microbatch_tokens // seq_len))
+
+
+def _trial(state: State, sequences: int, seq_len: int) -> None:
+    """One forward and backward pass on random tokens; leaves weights, gradients and random state as they were."""
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        ids = torch.randint(0, 2, (sequences, seq_len), device=device)
+        places = torch.arange(seq_len, device=device).expand_as(ids)
+        batch = {"input_ids": ids, "labels": ids, "position_ids": places}
+        # Not yet allocated: the optimizer's two moments, unless a checkpoint brought them.
+        moments = []
+        if device.type == "cuda" and not any(optimizer.state for optimizer in state.optimizers):
+            moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        model: Any = state.model
+        alone: Callable[[], Any] = model.no_sync if isinstance(model, DistributedDataParallel) else torch.enable_grad
+        with alone():
+            from composer.core import get_precision_context
+
+            with get_precision_context(state.precision, state.precision_config):
+                module = model.module if isinstance(model, DistributedDataParallel) else model
+                loss = module.loss(model(batch), batch)
+            loss.backward()
+        del moments, loss
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _report_recompilations() -> None:
+    """Say how many graphs `torch.compile` has made so far: one per sequence length is expected."""
+    if "torch._dynamo" not in __import__("sys").modules:
+        return
+    from torch._dynamo.utils import counters
+
+    graphs = counters["stats"].get("unique_graphs", 0)
+    if graphs and dist.get_global_rank() == 0:
+        say(f"torch.compile: {graphs} graphs so far")
+
+
+def count_samples(batch: dict[str, Any]) -> int:
+    """This rank's sequences in a step's blocks or in a view of them: what Composer's cursor counts."""
+    return batch["info"].sequences if "info" in batch else len(batch["input_ids"])
+
+
+def count_tokens(batch: dict[str, Any]) -> dict[str, int]:
+    """This rank's tokens in a step's blocks or in a view of them, in all and those a loss is computed for."""
+    if "info" in batch:
+        total = batch["info"].sequences * batch["info"].seq_len
+        return {"total": total, "loss_generating": total}
+    return {"total": batch["input_ids"].numel(), "loss_generating": trained_tokens(batch["labels"])}

@@ -1,0 +1,183 @@
+"""Callback: what the run really sees, against the plan.
+
+Writes `SAVE_FOLDER/steps.jsonl` (one line a step), logs the realised mix, and stops the run when a stream strays
+from its target, when the loss is not finite, or when the data is not what the plan says.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from composer import Callback, Logger, State
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+
+from chimera.cli import UserError, say
+from train.collate import StepInfo
+from train.schedule import Plan
+
+
+class Monitor(Callback):
+    """Follows each step's streams, digest, loss and waiting time.
+
+    Args:
+        plan: the run's step plan.
+        folder: local folder for `steps.jsonl`.
+        config: the config's path, for the messages.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, config: Path) -> None:
+        self.plan = plan
+        self.path = folder / "steps.jsonl"
+        self.config = config
+        self.file: Any = None
+        self.realised: dict[str, int] = {}  # blocks of each stream since the phase began
+        self.phase = ""
+        self.waited = 0.0  # seconds, of the step
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        if dist.get_global_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_steps(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
+        self.started = time.perf_counter()
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self.asked = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        # Runs before the curriculum's view: the callbacks are called in the order of main.py's list.
+        info: StepInfo = state.batch["info"]
+        self.waited = time.perf_counter() - self.asked
+        if info.step != state.timestamp.batch.value:
+            raise RuntimeError(f"the data is at step {info.step}, the trainer at {state.timestamp.batch.value}")
+        self.info = info
+        self._check_mix(info)
+
+    def _check_mix(self, info: StepInfo) -> None:
+        """Raise unless every stream is within one block per lane of its target since the phase's beginning."""
+        segment = self.plan.segment(info.step)
+        phase = self.plan.phases[segment.phase]
+        if info.phase != self.phase:
+            begun = self.plan.blocks_before(self.plan.phase_start(segment.phase))
+            now = self.plan.blocks_before(info.step)
+            self.phase = info.phase
+            self.realised = {name: now[name] - begun[name] for name in phase.proportions}
+        for name, tokens in info.streams.items():
+            self.realised[name] = self.realised.get(name, 0) + tokens // self.plan.block_len
+        seen = sum(self.realised.values())
+        for name, count in self.realised.items():
+            target = phase.proportions.get(name, 0) * seen
+            if abs(count - target) >= self.plan.lanes:
+                raise RuntimeError(
+                    f"step {info.step}: stream `{name}` has had {count} of {seen} blocks in phase {info.phase}, "
+                    f"{float(target):.2f} are due: the mixture is off by a block or more"
+                )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        info, now = self.info, time.perf_counter()
+        loss = float(state.total_loss_dict["loss/train/total"])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {info.step} (phase {info.phase}, {info.seq_len} tokens a sequence, "
+                f"batch {info.digest}): look at the batch with `python train/inspect_batch.py {self.config} "
+                f"step={info.step} --decode`; no checkpoint of this step was saved"
+            )
+        logger.log_metrics(
+            {f"mix/tokens/{name}": count * self.plan.block_len for name, count in self.realised.items()}
+            | {"data/wait_share": self.waited / max(1e-9, now - self.started), "loss/train/tokens": loss}
+        )
+        self.started = now
+        if self.file is not None:
+            line = {
+                "step": info.step,
+                "phase": info.phase,
+                "seq_len": info.seq_len,
+                "digest": info.digest,
+                "loss": loss,
+                "tokens": sum(info.streams.values()),
+                "streams": info.streams,
+            }
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.file is not None:
+            self.file.flush()
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
+
+
+def keep_steps(path: Path, steps: int) -> None:
+    """Drop from a JSON-lines file what does not belong to the first `steps` steps, a torn last line included."""
+    if not path.exists():
+        return
+    kept, expected = [], 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                step = json.loads(line)["step"] if line.endswith(b"\n") else None
+            except (ValueError, KeyError, TypeError):
+                step = None
+            if step is None or step >= steps:
+                break
+            if step != expected:
+                say(f"warning: {path} goes from step {expected - 1} to {step}")
+            kept.append(line)
+            expected = step + 1
+    if expected < steps:
+        say(f"warning: {path} ends at step {expected - 1}, the checkpoint at {steps - 1}")
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as out:
+        out.writelines(kept)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+class MetricsFile(LoggerDestination):
+    """Every metric the run logs, one JSON line a step in `SAVE_FOLDER/metrics.jsonl` (rank 0)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.file: Any = None
+        self.line: dict[str, Any] = {}
+        self.step = -1
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_steps(self.path, state.timestamp.batch.value)
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            number = value.item() if hasattr(value, "item") else value
+            if isinstance(number, int | float) and math.isfinite(number):
+                self.line[name] = number
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._write(state.timestamp.batch.value - 1)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._write(state.timestamp.batch.value - 1)
+
+    def _write(self, step: int) -> None:
+        if self.file is not None and step > self.step:
+            self.file.write(json.dumps({"step": step, **self.line}) + "\n")
+            self.file.flush()
+            self.step = step
+        self.line = {}
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
