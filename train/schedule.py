@@ -1,0 +1,375 @@
+"""Phases and curriculum stages → the step plan: what every step consumes, as arithmetic.
+
+Which stream the n-th block of a phase comes from is a fixed cyclic word over the streams, built with Tijdeman's
+rule for the chairman assignment problem (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32,
+1980): after *every* prefix of n blocks each of k streams has had its share n·λ within 1 − 1/(2k−2) < 1 block,
+and no rule can promise less. The word's length is the least common denominator of the proportions; after it the
+error is 0 and the word starts again. So counts before any position are (whole periods) + (a look-up in the word).
+
+With C lanes every lane draws the same word for itself: a step takes blocks_per_step / C blocks in each, and the
+bound holds per stream, phase and lane. A phase starts its word at 0; positions in a stream run on over phases.
+
+Everything here is in integers and `Fraction`s; no array is longer than one period of one phase.
+"""
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+from math import isqrt, lcm
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_WORD = 1_000_000  # blocks; a longer period is refused (4 s and 12 MB to build at this length)
+
+
+class ScheduleError(ValueError):
+    """Settings that no exact plan exists for; the message says which, and the nearest that work."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A span of steps with one mixture; `proportions` of the tokens, summing to 1."""
+
+    name: str
+    steps: int
+    proportions: Mapping[str, Fraction]
+    global_train_batch_size: int  # sequences a step (mode `tokens`: of the longest length)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From `from_step` on, sequences of `seq_len` tokens."""
+
+    from_step: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps [first_step, end_step) with one mixture, one sequence length and one batch size."""
+
+    phase: int
+    phase_name: str
+    first_step: int
+    end_step: int
+    seq_len: int
+    sequences_per_step: int
+    blocks_per_step: int
+    first_block: int  # blocks of the whole run before this segment
+    first_sequence: int  # sequences of the whole run before this segment
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.first_step
+
+
+class Word:
+    """The cyclic word of one phase: `letters[n % period]` is the stream of a lane's n-th block.
+
+    `letters` int32 and `earlier` int64 are [length]: the stream's number, and how often it came before in the word;
+    `length` is the period, or less where the phase ends before it. Where two streams are due alike the one that is
+    first in `shares` comes.
+    """
+
+    def __init__(self, shares: Mapping[int, Fraction], length: int) -> None:
+        self.period = lcm(*(share.denominator for share in shares.values()))
+        self.weights = {stream: int(share * self.period) for stream, share in shares.items()}
+        letters = tijdeman(list(self.weights.values()), min(self.period, length))
+        self.letters = np.array(list(shares), np.int32)[letters]
+        self.earlier = np.zeros(len(letters), np.int64)
+        self._places = {stream: np.flatnonzero(self.letters == stream) for stream in shares}
+        for places in self._places.values():
+            self.earlier[places] = np.arange(len(places))
+
+    def count(self, stream: int, n: int) -> int:
+        """How many of a lane's first `n` blocks of the phase come from `stream`."""
+        if stream not in self.weights:
+            return 0
+        periods, rest = divmod(n, self.period)
+        return periods * self.weights[stream] + int(np.searchsorted(self._places[stream], rest))
+
+    @property
+    def bound(self) -> Fraction:
+        """How many blocks any stream is off its target at most, after any number of a lane's blocks."""
+        k = len(self.weights)
+        return Fraction(0) if k == 1 else 1 - Fraction(1, 2 * k - 2)
+
+
+def tijdeman(weights: Sequence[int], length: int) -> npt.NDArray[np.int64]:
+    """The first `length` letters (places in `weights`) of the cyclic word with `weights[i]` letters i a period.
+
+    Tijdeman's rule in its scheduling form: with D = 2k − 2, the j-th letter i (from 0) may come from place
+    n ≥ (j + 1/D) / λ on (places from 1), and of the letters that may, the one with the earliest deadline
+    (j + 1 − 1/D) / λ comes; equal deadlines go by i. Kept in integers by the factor D · lcm(weights) / period.
+    """
+    letters = np.zeros(length, np.int64)
+    if len(weights) == 1:
+        return letters
+    period, d, scale = sum(weights), 2 * len(weights) - 2, lcm(*weights)
+
+    def release(i: int, j: int) -> int:
+        return -(-period * (j * d + 1) // (d * weights[i]))
+
+    waiting = [(release(i, 0), i, 0) for i in range(len(weights))]
+    heapq.heapify(waiting)
+    ready: list[tuple[int, int, int]] = []
+    for n in range(1, length + 1):
+        while waiting and waiting[0][0] <= n:
+            _, i, j = heapq.heappop(waiting)
+            heapq.heappush(ready, (((j + 1) * d - 1) * (scale // weights[i]), i, j))
+        _, i, j = heapq.heappop(ready)
+        letters[n - 1] = i
+        heapq.heappush(waiting, (release(i, j + 1), i, j + 1))
+    return letters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The step plan of a whole run; build it with `build_plan`."""
+
+    phases: tuple[Phase, ...]
+    segments: tuple[Segment, ...]
+    streams: tuple[str, ...]  # in order of first appearance; a stream's number is its place here
+    block_len: int
+    lanes: int
+
+    @cached_property
+    def steps(self) -> int:
+        return self.segments[-1].end_step
+
+    @cached_property
+    def blocks(self) -> int:
+        last = self.segments[-1]
+        return last.first_block + last.steps * last.blocks_per_step
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block_len
+
+    @cached_property
+    def _first_steps(self) -> list[int]:
+        return [segment.first_step for segment in self.segments]
+
+    @cached_property
+    def first_blocks(self) -> list[int]:
+        """Of each phase: the blocks of the run before it."""
+        return [next(s for s in self.segments if s.phase == p).first_block for p in range(len(self.phases))]
+
+    @cached_property
+    def words(self) -> tuple[Word, ...]:
+        """Of each phase: the cyclic word its lanes draw. Numbers are those of `streams`."""
+        ends = [*self.first_blocks[1:], self.blocks]
+        words = []
+        for phase, first, end in zip(self.phases, self.first_blocks, ends, strict=True):
+            # by name, so that the order of keys in a YAML file changes nothing
+            shares = {self.streams.index(n): share for n, share in sorted(phase.proportions.items()) if share}
+            words.append(Word(shares, (end - first) // self.lanes))
+        return tuple(words)
+
+    @cached_property
+    def _phase_starts(self) -> list[list[int]]:
+        """[phase][stream]: blocks a lane has drawn from the stream before the phase."""
+        starts, counts = [], [0] * len(self.streams)
+        ends = [*self.first_blocks[1:], self.blocks]
+        for word, first, end in zip(self.words, self.first_blocks, ends, strict=True):
+            starts.append(list(counts))
+            counts = [n + word.count(s, (end - first) // self.lanes) for s, n in enumerate(counts)]
+        return starts
+
+    def segment(self, step: int) -> Segment:
+        """The segment `step` lies in."""
+        if not 0 <= step < self.steps:
+            raise ScheduleError(f"step {step} is outside of the plan's steps 0 to {self.steps - 1}")
+        return self.segments[bisect_right(self._first_steps, step) - 1]
+
+    def segments_between(self, first: int, end: int) -> list[tuple[Segment, int, int]]:
+        """Steps [first, end) cut at segments: (segment, first step, end step) of each piece."""
+        return [
+            (s, max(first, s.first_step), min(end, s.end_step))
+            for s in self.segments
+            if s.first_step < end and s.end_step > first
+        ]
+
+    def block_of(self, step: int) -> int:
+        """Blocks of the run before `step` (0 ≤ step ≤ steps)."""
+        if step == self.steps:
+            return self.blocks
+        segment = self.segment(step)
+        return segment.first_block + (step - segment.first_step) * segment.blocks_per_step
+
+    def step_of(self, block: int) -> int:
+        """The step that consumes the run's `block`-th block; the inverse of `block_of`."""
+        if not 0 <= block < self.blocks:
+            raise ScheduleError(f"block {block} is outside of the plan's blocks 0 to {self.blocks - 1}")
+        segment = self.segments[bisect_right([s.first_block for s in self.segments], block) - 1]
+        return segment.first_step + (block - segment.first_block) // segment.blocks_per_step
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences of the run before `step` (0 ≤ step ≤ steps)."""
+        segment = self.segment(min(step, self.steps - 1))
+        return segment.first_sequence + (step - segment.first_step) * segment.sequences_per_step
+
+    def step_of_sequences(self, sequences: int) -> int:
+        """The step before which exactly `sequences` were consumed; refuses a count inside a step."""
+        firsts = [segment.first_sequence for segment in self.segments]
+        segment = self.segments[max(bisect_right(firsts, sequences) - 1, 0)]
+        steps, rest = divmod(sequences - segment.first_sequence, segment.sequences_per_step)
+        step = segment.first_step + steps
+        if rest or not 0 <= step <= segment.end_step:
+            raise ScheduleError(f"{sequences} sequences do not end at a step of the plan")
+        return step
+
+    def _lane_counts(self, step: int) -> list[int]:
+        """[stream]: blocks a lane has drawn before `step`."""
+        phase = self.segment(min(step, self.steps - 1)).phase
+        drawn = (self.block_of(step) - self.first_blocks[phase]) // self.lanes
+        word = self.words[phase]
+        return [n + word.count(s, drawn) for s, n in enumerate(self._phase_starts[phase])]
+
+    def blocks_before(self, step: int) -> dict[str, int]:
+        """Blocks of each stream consumed before `step` (0 ≤ step ≤ steps), over all lanes."""
+        return {name: n * self.lanes for name, n in zip(self.streams, self._lane_counts(step), strict=True)}
+
+    def targets(self, step: int) -> dict[str, Fraction]:
+        """Blocks of each stream that exact proportions would have consumed before `step`."""
+        targets = dict.fromkeys(self.streams, Fraction(0))
+        ends = [*self.first_blocks[1:], self.blocks]
+        for phase, first, end in zip(self.phases, self.first_blocks, ends, strict=True):
+            blocks = max(0, min(end, self.block_of(step)) - first)
+            for name, share in phase.proportions.items():
+                if share:
+                    targets[name] += share * blocks
+        return targets
+
+    def bound(self, step: int) -> Fraction:
+        """How many blocks a stream's count may be off `targets(step)` at most: each phase so far adds its own."""
+        phase = self.segment(min(step, self.steps - 1)).phase
+        return sum((word.bound * self.lanes for word in self.words[: phase + 1]), Fraction(0))
+
+    def draws(self, first: int, end: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """What a lane draws in steps [first, end) of one phase, in order; the same in every lane.
+
+        Returns the stream's number, and the position among the lane's blocks of that stream, each
+        [(end − first) · blocks_per_step / lanes].
+        """
+        segment = self.segment(first)
+        if end > first and self.segment(end - 1).phase != segment.phase:
+            raise ValueError(f"steps {first} to {end - 1} lie in more than one phase")
+        base = self.first_blocks[segment.phase]
+        word = self.words[segment.phase]
+        n = np.arange((self.block_of(first) - base) // self.lanes, (self.block_of(end) - base) // self.lanes)
+        periods, places = np.divmod(n, word.period)
+        letters = word.letters[places]
+        weights = np.array([word.weights.get(s, 0) for s in range(len(self.streams))], np.int64)
+        starts = np.array(self._phase_starts[segment.phase], np.int64)
+        return letters, starts[letters] + periods * weights[letters] + word.earlier[places]
+
+
+def proportion(value: object) -> Fraction:
+    """A share as the exact number that is written: 0.55, "1/3" or a `Fraction`."""
+    try:
+        return value if isinstance(value, Fraction) else Fraction(str(value).strip())
+    except (ValueError, ZeroDivisionError):
+        raise ScheduleError(f"{value!r} is not a proportion: write 0.55 or 1/3") from None
+
+
+def build_plan(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_len: int, lanes: int = 1) -> Plan:
+    """Cut phases × stages into segments; raises `ScheduleError` where a step would not be exact.
+
+    Mode `sequences`: every step of a phase has `global_train_batch_size` sequences, so tokens grow with the length.
+    Mode `tokens`: every step has the tokens of `global_train_batch_size` sequences of the longest stage, so shorter
+    stages have more sequences a step. A stage that begins after the last step is never reached.
+    """
+    _check(phases, stages, mode, block_len, lanes)
+    longest = max(stage.seq_len for stage in stages)
+    ends = np.cumsum([phase.steps for phase in phases]).tolist()
+    cuts = sorted({0, *ends, *(s.from_step for s in stages if s.from_step < ends[-1])})
+    segments: list[Segment] = []
+    block = sequence = 0
+    for first, end in pairwise(cuts):
+        index = bisect_right(ends, first)
+        phase = phases[index]
+        seq_len = next(s.seq_len for s in reversed(stages) if s.from_step <= first)
+        where = f"phase {phase.name}, steps {first} to {end - 1}"
+        sequences = _check_batch(where, phase, seq_len, longest, mode, block_len, lanes)
+        blocks = sequences * seq_len // block_len
+        segments.append(Segment(index, phase.name, first, end, seq_len, sequences, blocks, block, sequence))
+        block += (end - first) * blocks
+        sequence += (end - first) * sequences
+    names = dict.fromkeys(name for phase in phases for name, share in phase.proportions.items() if share)
+    plan = Plan(tuple(phases), tuple(segments), tuple(names), block_len, lanes)
+    for phase, first, end in zip(phases, plan.first_blocks, [*plan.first_blocks[1:], block], strict=True):
+        period = lcm(*(share.denominator for share in phase.proportions.values()))
+        if min(period, (end - first) // lanes) > MAX_WORD:
+            raise ScheduleError(
+                f"phase {phase.name}: its proportions come out even only after {period} blocks; at most {MAX_WORD} "
+                "are possible: write them with fewer decimals, or as fractions such as 1/3"
+            )
+    return plan
+
+
+def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_len: int, lanes: int) -> None:
+    """Refuse phases and stages that no plan can follow."""
+    if mode not in ("sequences", "tokens"):
+        raise ScheduleError(f"curriculum mode {mode!r}: one of sequences, tokens")
+    if lanes < 1:
+        raise ScheduleError(f"{lanes} lanes: at least 1 is needed")
+    if not phases or not stages:
+        raise ScheduleError("a plan needs at least one phase and one stage")
+    for phase in phases:
+        if phase.steps < 1 or phase.global_train_batch_size < 1:
+            raise ScheduleError(
+                f"phase {phase.name}: {phase.steps} steps of {phase.global_train_batch_size} sequences; "
+                "both must be at least 1"
+            )
+        for name, share in phase.proportions.items():
+            if share < 0:
+                raise ScheduleError(f"phase {phase.name}: the proportion of {name} is negative ({share})")
+        total = sum(phase.proportions.values(), Fraction(0))
+        if total != 1:
+            off = float(total - 1)
+            raise ScheduleError(
+                f"phase {phase.name}: the proportions sum to {float(total):.10g} ({off:+.3g}), not to 1: "
+                + ", ".join(f"{name} {share}" for name, share in phase.proportions.items())
+                + "; thirds are written as 1/3"
+            )
+    starts = [stage.from_step for stage in stages]
+    if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+        raise ScheduleError(f"curriculum stages begin at steps {starts}: the first must be 0 and each later")
+    for stage in stages:
+        if stage.seq_len < 1 or block_len % stage.seq_len:
+            near = sorted(divisors(block_len), key=lambda n: abs(n - stage.seq_len))[:2]
+            raise ScheduleError(
+                f"stage from step {stage.from_step}: sequences of {stage.seq_len} tokens do not divide blocks of "
+                f"{block_len}; the nearest that do: {' and '.join(map(str, sorted(near)))}"
+            )
+
+
+def _check_batch(where: str, phase: Phase, seq_len: int, longest: int, mode: str, block_len: int, lanes: int) -> int:
+    """The sequences a step of a segment; refuses those that are no whole number or fill no whole blocks."""
+    scale = Fraction(longest, seq_len) if mode == "tokens" else Fraction(1)
+    size = phase.global_train_batch_size
+
+    def works(size: int) -> bool:
+        return (size * scale).denominator == 1 and size * scale * seq_len % (block_len * lanes) == 0
+
+    if not works(size):
+        unit = next(n for n in range(1, block_len * lanes + 1) if works(n))  # works(n) holds for its multiples
+        near = [n for n in (size // unit * unit, (size // unit + 1) * unit) if n]
+        each = f" in each of {lanes} lanes" if lanes > 1 else ""
+        raise ScheduleError(
+            f"{where}: {size} sequences of {seq_len if mode == 'sequences' else longest} tokens do not fill whole "
+            f"blocks of {block_len}{each}; the nearest global_train_batch_size: {' or '.join(map(str, near))}"
+        )
+    return int(size * scale)
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of `n`, ascending."""
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
