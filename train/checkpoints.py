@@ -12,6 +12,7 @@ import signal
 import time
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from composer.core import Event
 from composer.utils import dist, reproducibility
 
 from chimera.cli import UserError, say
+from train.settings import TrainSettings
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 PREEMPTED = 143  # exit code: 128 + SIGTERM
@@ -33,12 +35,8 @@ class StopRequested(Exception):
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """All checkpoints of a local folder as (step, path), newest first; a name says nothing about being whole."""
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if match := NAME.fullmatch(path.name):
-                found.append((int(match[2]), path))
-    return sorted(found, reverse=True)
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted([(int(match[2]), path) for path in paths if (match := NAME.fullmatch(path.name))], reverse=True)
 
 
 def newest_complete(folder: Path) -> tuple[int, Path] | None:
@@ -46,6 +44,65 @@ def newest_complete(folder: Path) -> tuple[int, Path] | None:
     for step, path in find_checkpoints(folder):
         if damage := damage_of(path):
             say(f"warning: checkpoint {path} is damaged ({damage}) and passed over")
+        else:
+            return step, path
+    return None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at `step`, from the checkpoint `path` (None: from nothing)."""
+
+    step: int
+    path: str | None
+
+
+def choose_start(settings: TrainSettings, folder: Path) -> Start:
+    """The checkpoint the settings ask for; raises `UserError` where that is not safe.
+
+    Args:
+        folder: local folder; checkpoints of a remote `save_folder` are fetched into it.
+    """
+    start = Start(0, None)
+    if settings.autoresume:
+        remote = "://" in settings.save_folder
+        newest = _newest_remote(settings.save_folder, folder) if remote else newest_complete(folder)
+        if newest is not None:
+            start = Start(newest[0], str(newest[1]))
+    elif find_checkpoints(folder) and settings.load_path is None:
+        raise UserError(
+            f"save_folder {settings.save_folder} holds the checkpoints of an earlier run: `autoresume=true` goes on "
+            "from the newest, another `run_name` starts anew"
+        )
+    if start.path is None and settings.load_path is not None:
+        name = NAME.search(settings.load_path)
+        if "://" not in settings.load_path and (damage := damage_of(Path(settings.load_path))):
+            raise UserError(f"setting `load_path`: checkpoint {settings.load_path} cannot be read: {damage}")
+        start = Start(int(name[2]) if name else settings.min_start_step, settings.load_path)
+    if start.step < settings.min_start_step:
+        found = f"the newest complete one is at step {start.step}" if start.path else "there is none"
+        raise UserError(
+            f"this config starts at step {settings.min_start_step} or later, from a checkpoint in "
+            f"{settings.save_folder}, but {found}: run the phase before first"
+        )
+    return start
+
+
+def _newest_remote(uri: str, folder: Path) -> tuple[int, Path] | None:
+    """The newest complete checkpoint of an object store, fetched into `folder`."""
+    from composer.utils import maybe_create_object_store_from_uri, parse_uri
+
+    store = maybe_create_object_store_from_uri(uri)
+    assert store is not None
+    prefix = parse_uri(uri)[2].rstrip("/")
+    names = store.list_objects(f"{prefix}/" if prefix else None)
+    found = sorted([(int(m[2]), n) for n in names if (m := NAME.search(n))], reverse=True)
+    for step, name in found:
+        path = folder / Path(name).name
+        if not path.exists() or damage_of(path):
+            store.download_object(name, path, overwrite=True)
+        if damage := damage_of(path):
+            say(f"warning: checkpoint {name} of {uri} is damaged ({damage}) and passed over")
         else:
             return step, path
     return None
@@ -118,6 +175,7 @@ class Checkpoints(CheckpointSaver):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
         if self.stopping and state.max_duration is not None and state.timestamp < state.max_duration:
+            self.fit_end(state, logger)  # waits for uploads
             raise StopRequested(f"stopped at step {state.timestamp.batch.value}, checkpoint saved")
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:

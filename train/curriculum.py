@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
+from streaming import StreamingDataLoader
 from torch.nn.parallel import DistributedDataParallel
 
 from chimera.cli import UserError, say
 from train.collate import Marks, StepInfo, cut_tokens, trained_tokens, view_sequences
 from train.schedule import Plan
+from train.settings import TrainSettings
 
 
 class Curriculum(Callback):
@@ -125,3 +127,24 @@ def count_tokens(batch: dict[str, Any]) -> dict[str, int]:
         total = batch["info"].sequences * batch["info"].seq_len
         return {"total": total, "loss_generating": total}
     return {"total": batch["input_ids"].numel(), "loss_generating": trained_tokens(batch["labels"])}
+
+
+class MixtureLoader(StreamingDataLoader):
+    """A loader of whole steps without a length: Composer must never see an epoch end.
+
+    With one, the plan's last step would begin epoch 1 at sample 0, and a run whose plan is prolonged later would
+    resume at its beginning.
+    """
+
+    def __len__(self) -> int:
+        raise TypeError("a run's steps have no epoch")
+
+
+def microbatch(settings: TrainSettings, plan: Plan, ranks: int, on_gpu: bool) -> int | None:
+    """Tokens a device takes at once; None: Composer finds out (on a GPU). On a CPU `auto` is the whole batch."""
+    tokens = settings.device_train_microbatch_tokens
+    if tokens != "auto":
+        return int(tokens)
+    if on_gpu:
+        return None
+    return max(segment.sequences_per_step * segment.seq_len for segment in plan.segments) // ranks

@@ -101,12 +101,14 @@ class TrainSettings:
     save_folder: str = "./runs/{run_name}"
     save_interval: int = 1000  # steps
     save_keep: int = 3  # newest checkpoints kept; -1: all
-    load_path: str | None = None
-    autoresume: bool = False
+    load_path: str | None = None  # a checkpoint to start from
+    autoresume: bool = False  # go on from the newest complete checkpoint of save_folder
+    min_start_step: int = 0  # refuse to start before this step (a later phase in a file of its own)
     eval: EvalSettings = field(default_factory=EvalSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     loggers: list[str] = field(default_factory=list)  # tensorboard, wandb, mlflow; the file always
     progress_bar: bool = True
+    dist_timeout: float = 300.0  # seconds a rank waits for the others
 
 
 def read_settings(path: Path, overrides: list[str]) -> TrainSettings:

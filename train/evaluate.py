@@ -1,0 +1,121 @@
+"""Evaluation between steps: loss and perplexity of each stream's `eval` split, and sample generations."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from composer import Callback, DataSpec, Evaluator, Logger, State
+from composer.utils import dist
+from torch.utils.data import DataLoader, IterableDataset
+
+from chimera.cli import say
+from train.collate import Marks, StepInfo, view_sequences
+from train.schedule import Plan
+from train.settings import GenerateSettings, TrainSettings
+from train.shards import Shards
+
+
+class EvalBlocks(IterableDataset):
+    """The first blocks of one stream's eval split, this rank's share, viewed at one sequence length.
+
+    Every rank yields the same number of batches; where blocks run out, a block of PAD stands in, which no loss is
+    computed for - so the metric is over each block exactly once.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, assistant: np.ndarray | None, seq_len: int, batch_blocks: int, marks: Marks
+    ) -> None:
+        self.tokens, self.assistant = tokens, assistant
+        self.seq_len, self.batch_blocks, self.marks = seq_len, batch_blocks, marks
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // (self.batch_blocks * dist.get_world_size()))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        block_len = self.tokens.shape[1]
+        for i in range(len(self)):
+            first = (i * dist.get_world_size() + dist.get_global_rank()) * self.batch_blocks
+            here = slice(first, first + self.batch_blocks)
+            tokens = np.full((self.batch_blocks, block_len), self.marks.pad_id, np.int64)
+            tokens[: len(self.tokens[here])] = self.tokens[here]
+            said = None
+            if self.assistant is not None:
+                said = np.zeros(tokens.shape, bool)
+                said[: len(self.assistant[here])] = self.assistant[here]
+            info = StepInfo(
+                step=i,
+                phase="eval",
+                seq_len=self.seq_len,
+                digest="",
+                streams={},
+                first_sequence=0,
+                sequences=tokens.size // self.seq_len,
+                unpacked=(),
+            )
+            batch = {
+                "tokens": torch.from_numpy(tokens),
+                "assistant": None if said is None else torch.from_numpy(said),
+                "info": info,
+            }
+            yield view_sequences(batch, self.marks)
+
+
+def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks) -> list[Evaluator]:
+    """One evaluator a stream and sequence length: `metrics/eval/<stream>/<seq_len>/{loss,perplexity}`."""
+    if not settings.eval.interval:
+        return []
+    lengths = settings.eval.seq_lens or sorted({segment.seq_len for segment in plan.segments})
+    found = []
+    for stream in plan.streams:
+        tokens, assistant = shards.read_split(stream, "eval", settings.eval.blocks)
+        if not len(tokens):
+            say(f"stream {stream} has no eval split: not evaluated")
+            continue
+        for seq_len in lengths:
+            blocks = EvalBlocks(tokens, assistant, seq_len, min(4, len(tokens)), marks)
+            loader = DataLoader(blocks, batch_size=None)
+            spec = DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch["input_ids"]))
+            found.append(
+                Evaluator(
+                    label=f"eval/{stream}/{seq_len}",
+                    dataloader=spec,
+                    metric_names=["loss", "perplexity"],
+                    eval_interval=f"{settings.eval.interval}ba",
+                )
+            )
+    return found
+
+
+class Generate(Callback):
+    """Greedy continuations of the prompts every `interval` steps; greedy draws nothing from the random state."""
+
+    def __init__(self, settings: GenerateSettings, shards: Shards) -> None:
+        self.settings = settings
+        self.tokenizer = shards.tokenizer
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        if step % self.settings.interval:
+            return
+        module: Any = state.model.module if hasattr(state.model, "module") else state.model
+        module.eval()
+        rows = []
+        with torch.no_grad():
+            for prompt in self.settings.prompts:
+                ids = torch.tensor([self.tokenizer.encode(prompt)], device=state.device._device)
+                made = module.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self.settings.max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self.tokenizer.pad_id,
+                    eos_token_id=self.tokenizer.eos_id,
+                )
+                rows.append([prompt, self.tokenizer.decode(made[0, ids.shape[1] :].tolist())])
+        module.train()
+        logger.log_table(columns=["prompt", "continuation"], rows=rows, name="generate", step=step)
+        if dist.get_global_rank() == 0:
+            for prompt, text in rows:
+                say(f"step {step}: {prompt!r} → {text!r}")

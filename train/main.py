@@ -1,0 +1,244 @@
+"""Pretrain a causal language model from shards: `composer train/main.py CONFIG [key=value ...]`.
+
+The order of things: settings and shards are checked before anything heavy is imported, so that a mistake shows at
+once; then data, model, optimizer and callbacks are put together and Composer's Trainer runs.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from chimera.cli import UserError, parse, run, say
+from chimera.stack import check_stack
+from train.settings import TrainSettings, plan_of, read_settings
+
+if TYPE_CHECKING:
+    from train.schedule import Plan
+    from train.shards import Shards
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="composer train/main.py", description=__doc__.split("\n")[0])
+    _, config, overrides = parse(parser, argv, default_config=None)
+    settings = read_settings(config, overrides)
+    check_stack()
+
+    from train.shards import open_shards
+
+    shards = open_shards(settings.shards, settings.cache)
+    plan = plan_of(settings, shards.block_len)
+    shards.check(plan.streams)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    plan.check_ranks(world)
+    return train(settings, config, shards, plan)
+
+
+def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan") -> int:
+    """Train to `max_duration`; returns the exit code."""
+    from composer.utils import dist, get_device
+
+    from train.checkpoints import PREEMPTED, StopRequested, choose_start, duration, lock_folder, stop_with_parent
+
+    stop_with_parent()
+    until = duration(settings.max_duration, plan.steps)
+    folder = local_folder(settings)
+    dist.initialize_dist(get_device(None), timeout=settings.dist_timeout)
+    leader = dist.get_global_rank() == 0
+
+    def start_here() -> Any:
+        return lock_folder(folder), choose_start(settings, folder)
+
+    lock, start = leader_decides(start_here)
+    if start.path is not None and start.step >= until.value:
+        if leader:
+            say(f"finished: {start.path} is at step {start.step} of {until.value}; nothing to do")
+        return 0
+    if leader:
+        say(f"starting at step {start.step} of {until.value}" + (f" from {start.path}" if start.path else ""))
+
+    trainer = build_trainer(settings, config, shards, plan, folder, until, start.path)
+    try:
+        trainer.fit()
+    except StopRequested as stop:
+        if leader:
+            say(f"{stop}: start again with `autoresume=true` to go on")
+        return PREEMPTED
+    finally:
+        trainer.close()
+        del lock
+    if leader:
+        say(f"done: {until.value} steps, checkpoints and steps.jsonl in {settings.save_folder}")
+    return 0
+
+
+def leader_decides(decide: Any) -> tuple[Any, Any]:
+    """Run `decide() -> (kept, shared)` on rank 0; all ranks get `shared`, or its `UserError`. Only rank 0 gets `kept`."""
+    from composer.utils import dist
+
+    kept, answer = None, [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            kept, answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return kept, answer[0]
+
+
+def build_trainer(
+    settings: TrainSettings,
+    config: Path,
+    shards: "Shards",
+    plan: "Plan",
+    folder: Path,
+    until: Any,
+    load_path: str | None,
+) -> Any:
+    """Composer's Trainer over the mixture, with everything the settings ask for."""
+    import torch
+    from composer import DataSpec, Trainer
+    from composer.optim import DecoupledAdamW
+    from composer.utils import dist, get_device
+
+    from train.callbacks import clipping, loggers, speed
+    from train.checkpoints import Checkpoints, RestoreRandomState
+    from train.collate import Collate, Marks
+    from train.curriculum import Curriculum, MixtureLoader, count_samples, count_tokens, microbatch
+    from train.evaluate import Generate, evaluators
+    from train.mixture import MixtureDataset
+    from train.model import build_model, check_tokens
+    from train.monitor import Monitor
+    from train.schedulers import learning_rate
+
+    device = get_device(None)
+
+    # Model
+    torch.manual_seed(settings.seed)  # the same weights on every rank and on every topology
+    tokenizer = shards.tokenizer
+    model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
+    check_tokens(shards.streams, plan.streams, model.model.get_input_embeddings().num_embeddings)
+
+    # Data
+    dataset = MixtureDataset(
+        root=settings.shards,
+        cache=settings.cache,
+        plan=plan,
+        seed=settings.seed,
+        cache_limit=settings.cache_limit,
+        predownload=settings.predownload,
+    )
+    unpacked = frozenset(i for i, name in enumerate(plan.streams) if shards.packing(name) == "none")
+    loader = MixtureLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=Collate(unpacked),
+        num_workers=settings.num_workers,
+        pin_memory=device.name == "gpu",
+    )
+    data = DataSpec(loader, get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)
+    marks = Marks(tokenizer.eos_id, tokenizer.pad_id, settings.train_on, settings.document_mask)
+
+    # Optimizer
+    options = settings.optimizer
+    optimizer = DecoupledAdamW(
+        model.parameters(),
+        lr=options.lr,
+        betas=(options.betas[0], options.betas[1]),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+
+    restore = RestoreRandomState()
+    on_gpu = device.name == "gpu"
+    precision = settings.precision if settings.precision != "auto" else ("amp_bf16" if on_gpu else "fp32")
+    tokens_at_once = microbatch(settings, plan, dist.get_world_size(), on_gpu)
+    callbacks = [
+        restore,
+        Monitor(plan, folder, config),  # before Curriculum: it reads the batch as the loader gave it
+        Curriculum(plan, marks, tokens_at_once),
+        *speed(plan, model, on_gpu),
+        *([Generate(settings.generate, shards)] if settings.generate.interval else []),
+        Checkpoints(settings.save_folder, settings.save_interval, settings.save_keep),
+    ]
+    trainer = Trainer(
+        run_name=settings.run_name,
+        model=model,
+        train_dataloader=data,
+        optimizers=optimizer,
+        schedulers=learning_rate(settings.scheduler, plan.steps),
+        algorithms=clipping(options.clip_norm),
+        max_duration=until,
+        eval_dataloader=evaluators(settings, shards, plan, marks) or None,
+        callbacks=callbacks,
+        loggers=loggers(settings, folder),
+        progress_bar=settings.progress_bar and sys.stderr.isatty(),
+        log_to_console=False,
+        load_path=load_path,
+        load_progress_bar=False,
+        device=device,
+        precision=precision,
+        device_train_microbatch_size="auto" if tokens_at_once is None else 1,  # set at each stage
+        accumulate_train_batch_on_tokens=True,
+        parallelism_config=settings.parallelism or None,
+        compile_config={} if settings.compile else None,
+        seed=settings.seed,
+        dist_timeout=settings.dist_timeout,
+    )
+    restore.trainer = trainer
+    record(settings, shards, folder, trainer)
+    return trainer
+
+
+def local_folder(settings: TrainSettings) -> Path:
+    """Where this machine keeps the run's own files: the save folder, or for a remote one `runs/RUN_NAME`."""
+    return Path("runs", settings.run_name) if "://" in settings.save_folder else Path(settings.save_folder)
+
+
+def record(settings: TrainSettings, shards: "Shards", folder: Path, trainer: Any) -> None:
+    """Store and log what the run is made of: settings, versions, the shards' digest (no secrets among them)."""
+    import json
+    from importlib.metadata import version
+
+    from composer.utils import dist
+
+    packages = ("mosaicml", "mosaicml-streaming", "torch", "transformers", "numpy")
+    about = {
+        "settings": asdict(settings),
+        "versions": {"chimera": __import__("chimera").__version__} | {name: version(name) for name in packages},
+        "manifest": shards.digest,
+        "ranks": dist.get_world_size(),
+        "from_step": trainer.state.timestamp.batch.value,
+    }
+    trainer.logger.log_hyperparameters(about)
+    if dist.get_global_rank() == 0:
+        (folder / "config.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+        with (folder / "starts.jsonl").open("a") as file:
+            file.write(json.dumps({key: about[key] for key in ("from_step", "ranks", "versions", "manifest")}) + "\n")
+
+
+def entry() -> None:
+    """Run `main`; a mistake that all ranks find is printed by the first alone."""
+
+    def quietly(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except UserError:
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(10)  # rank 0 prints it and the launcher ends us; if not, it is ours alone to print
+            raise
+
+    run(quietly)
+
+
+if __name__ == "__main__":
+    entry()
