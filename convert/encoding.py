@@ -1,0 +1,196 @@
+"""Documents → token ids, by `tiktoken` where it is proven to give the ids of `tokenizers`, else by `tokenizers`.
+
+Text is data: special tokens come from a document's integer pieces alone and are never found in text. Added tokens
+that are not special (whole words a tokenizer was extended with) are found in text as `tokenizers` finds them.
+
+A text longer than `CHUNK` characters is encoded in chunks, each cut before a space between two letters where there
+is one. No pre-token of a byte-level tokenizer reaches over such a place, so the ids are those of the whole text;
+only a chunk without such a place is cut anywhere. Time and memory stay linear in the text whatever it holds.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from chimera.cli import UserError
+from convert.documents import IM_END, IM_START, Document
+from convert.fastpath import Unequal, same_character_classes, tiktoken_encoding
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+    from convert.settings import TokenizerSettings
+
+CHUNK = 1 << 17  # characters
+BATCH = 1 << 20  # characters handed to `tokenizers` at a time
+
+Array = NDArray[Any]
+
+
+class Encoder:
+    """Encodes the documents of one stream.
+
+    `path` is `tiktoken` or `tokenizers`, `reason` says why. `dtype` is what ids are stored as: uint16, or uint32
+    for a vocabulary above 65 536. `digest` is the SHA-256 of the `tokenizer.json`.
+    """
+
+    def __init__(self, raw: bytes, eos_token: str, pad_token: str, origin: str, path: str | None = None) -> None:
+        from tokenizers import Tokenizer
+
+        self.digest = hashlib.sha256(raw).hexdigest()
+        try:
+            spec = json.loads(raw)
+            control = {eos_token, pad_token, IM_START, IM_END}
+            for token in spec.get("added_tokens") or []:
+                token["special"] = bool(token["special"] or token["content"] in control)
+            self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # `tokenizers` raises a bare Exception
+            raise UserError(f"{origin}: not readable as a tokenizer: {error}") from None
+        self._tokenizer.encode_special_tokens = True  # in its words: do not find special tokens, encode their text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: id_ for id_, token in added.items() if token.special}
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype: DTypeLike = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.eos_id = self._special("eos_token", eos_token, origin)
+        self.pad_id = self._special("pad_token", pad_token, origin)
+        if self.eos_id == self.pad_id:
+            raise UserError(
+                f"{origin}: tokenizer.eos_token and tokenizer.pad_token are both {eos_token!r}: they must differ"
+            )
+        self._check_text_is_data(origin)
+
+        self._fast: Encoding | None = None
+        self.path, self.reason = "tokenizers", "as decided for the whole stream"
+        if path != "tokenizers":
+            plain = {token.content: id_ for id_, token in added.items() if not token.special}
+            try:
+                self._fast = tiktoken_encoding(spec, plain, set(self.special_ids))
+                self.path, self.reason = "tiktoken", "same merges and pre-tokens"
+            except Unequal as error:
+                self.reason = str(error)
+        self._found = self._fast.special_tokens_set if self._fast else set()
+
+    @classmethod
+    def from_settings(cls, settings: "TokenizerSettings", path: str | None = None) -> "Encoder":
+        """The tokenizer at `settings.path`.
+
+        `path="tokenizers"` keeps off the fast path: what `verify_sample` decided for a stream, handed to a worker.
+        """
+        file = tokenizer_file(settings.path)
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"tokenizer.path: {file} is not readable: {error.strerror}") from None
+        return cls(raw, settings.eos_token, settings.pad_token, str(file), path)
+
+    def verify_sample(self, texts: Sequence[str]) -> None:
+        """Keep the fast path only if it gives the ids of `tokenizers` on `texts`, the head of a stream's source."""
+        if self._fast is None:
+            return
+        if not same_character_classes():
+            self._leave_fast_path("the two libraries' Unicode tables differ")
+            return
+        fast, slow = self._join(texts, self._encode_chunks), self._join(texts, self._encode_slowly)
+        if not all(np.array_equal(ours, theirs) for ours, theirs in zip(fast, slow, strict=True)):
+            self._leave_fast_path("tiktoken gave other ids on a sample of the source")
+            return
+        self.reason = f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts"
+
+    def encode(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None]]:
+        """For each document its ids [n] with EOS at the end, and for conversations the assistant mask [n] bool."""
+        texts = [piece for document in documents for piece in document.pieces if isinstance(piece, str)]
+        encoded = self._join(texts, self._encode_chunks)
+        return [self._assemble(document, encoded) for document in documents]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _assemble(self, document: Document, encoded: Iterator[Array]) -> tuple[Array, Array | None]:
+        """One document's ids and mask; takes the ids of its texts from `encoded`."""
+        pieces = [np.array([p]) if isinstance(p, int) else next(encoded) for p in document.pieces]
+        ids = np.concatenate([*pieces, [self.eos_id]], dtype=self.dtype, casting="unsafe")
+        if not document.assistant:
+            return ids, None
+        return ids, np.repeat([*document.assistant, False], [*map(len, pieces), 1])
+
+    def _join(self, texts: Sequence[str], encode: Callable[[list[str]], Iterator[Array]]) -> Iterator[Array]:
+        """The ids of each text, whose chunks `encode` encodes."""
+        chunked = [list(_chunks(text)) for text in texts]
+        encoded = encode([chunk for chunks in chunked for chunk in chunks])
+        for chunks in chunked:
+            yield next(encoded) if len(chunks) == 1 else np.concatenate([next(encoded) for _ in chunks])
+
+    def _encode_chunks(self, chunks: Sequence[str]) -> Iterator[Array]:
+        if self._fast is None:
+            yield from self._encode_slowly(chunks)
+            return
+        for chunk in chunks:
+            try:
+                ids = self._fast.encode_to_numpy(chunk, allowed_special=self._found, disallowed_special=())
+            except ValueError:  # the regex engine's back-tracking limit
+                (ids,) = self._encode_slowly([chunk])
+            yield ids.astype(self.dtype)
+
+    def _encode_slowly(self, chunks: Sequence[str]) -> Iterator[Array]:
+        start = 0
+        while start < len(chunks):
+            end, characters = start, 0
+            while end < len(chunks) and characters < BATCH:
+                characters += len(chunks[end])
+                end += 1
+            for encoding in self._tokenizer.encode_batch_fast(list(chunks[start:end]), add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=self.dtype)
+            start = end
+
+    def _special(self, key: str, token: str, origin: str) -> int:
+        id_ = self.special_ids.get(token)
+        if id_ is None:
+            some = ", ".join(sorted(self.special_ids)[:8]) or "none"
+            raise UserError(f"{origin}: tokenizer.{key} {token!r} is not among its added tokens (special: {some})")
+        return int(id_)
+
+    def _check_text_is_data(self, origin: str) -> None:
+        """Refuse a tokenizer whose model makes a special token of the plain text of one."""
+        special = set(self.special_ids.values())
+        for token in self.special_ids:
+            for text in (token, f"a{token}a", f" {token} "):
+                (ids,) = self._encode_slowly([text])
+                if special.intersection(ids.tolist()):
+                    raise UserError(
+                        f"{origin}: encodes the plain text {token!r} as a special token, so that text could end a "
+                        "document: use a byte-level BPE tokenizer (convert/train_tokenizer.py makes one)"
+                    )
+
+    def _leave_fast_path(self, reason: str) -> None:
+        self._fast, self._found = None, set()
+        self.path, self.reason = "tokenizers", reason
+
+
+def tokenizer_file(path: str) -> Path:
+    """The `tokenizer.json` that `path`, a folder or the file itself, stands for."""
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """`text` in order, in chunks of at most `CHUNK` characters."""
+    start = 0
+    while len(text) - start > CHUNK:
+        end = cut = start + CHUNK
+        space = text.rfind(" ", start + 1, end)
+        while space > 0:
+            if text[space - 1].isalpha() and text[space + 1].isalpha():
+                cut = space
+                break
+            space = text.rfind(" ", start + 1, space)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
