@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from math import isqrt, lcm
+from math import gcd, isqrt, lcm
 
 import numpy as np
 import numpy.typing as npt
@@ -187,13 +187,21 @@ class Plan:
             raise ScheduleError(f"step {step} is outside of the plan's steps 0 to {self.steps - 1}")
         return self.segments[bisect_right(self._first_steps, step) - 1]
 
-    def segments_between(self, first: int, end: int) -> list[tuple[Segment, int, int]]:
-        """Steps [first, end) cut at segments: (segment, first step, end step) of each piece."""
-        return [
-            (s, max(first, s.first_step), min(end, s.end_step))
-            for s in self.segments
-            if s.first_step < end and s.end_step > first
-        ]
+    def phase_start(self, phase: int) -> int:
+        """The first step of the `phase`-th phase."""
+        return next(segment.first_step for segment in self.segments if segment.phase == phase)
+
+    def check_ranks(self, ranks: int, from_step: int = 0) -> None:
+        """Refuse a number of ranks that does not divide the sequences of every step from `from_step` on."""
+        ahead = [segment for segment in self.segments if segment.end_step > from_step]
+        bad = next((segment for segment in ahead if segment.sequences_per_step % ranks), None)
+        if bad is not None:
+            works = divisors(gcd(*(segment.sequences_per_step for segment in ahead)))
+            raise ScheduleError(
+                f"{bad.sequences_per_step} sequences a step in phase {bad.phase_name}, steps {bad.first_step} to "
+                f"{bad.end_step - 1}, do not divide over {ranks} ranks; numbers of ranks that work for all steps "
+                f"ahead: {', '.join(map(str, works))}"
+            )
 
     def block_of(self, step: int) -> int:
         """Blocks of the run before `step` (0 ≤ step ≤ steps)."""

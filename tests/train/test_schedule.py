@@ -205,6 +205,17 @@ def test_the_sizes_a_refusal_names_work() -> None:
         assert plan_with(lanes=3, size=size).blocks == size * 4
 
 
+def test_ranks_that_do_not_divide_a_step_ahead_are_refused_with_those_that_do() -> None:
+    phases = [Phase("first", 4, shares({"a": 1}), 6), Phase("second", 4, shares({"a": 1}), 4)]
+    plan = build_plan(phases, [Stage(0, 8)], "sequences", 8)
+    plan.check_ranks(2)
+    with pytest.raises(ScheduleError, match="6 sequences a step in phase first, steps 0 to 3, .* 4 ranks; .*: 1, 2"):
+        plan.check_ranks(4)
+    plan.check_ranks(4, from_step=4)  # what is behind does not matter
+    with pytest.raises(ScheduleError, match="phase second, steps 4 to 7, .* 3 ranks; .*: 1, 2, 4"):
+        plan.check_ranks(3, from_step=4)
+
+
 def test_a_long_period_is_fine_in_a_phase_that_ends_before_it() -> None:
     tiny = Fraction(1, 10**30)
     plan = plan_with(proportions={"a": tiny, "b": 1 - tiny})
