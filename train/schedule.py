@@ -1,18 +1,13 @@
 """Phases and curriculum stages → the step plan: what every step consumes, as arithmetic.
 
-Which stream the n-th block of a phase comes from is a fixed cyclic word over the streams, built with Tijdeman's
-rule for the chairman assignment problem (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32,
-1980): after *every* prefix of n blocks each of k streams has had its share n·λ within 1 − 1/(2k−2) < 1 block,
-and no rule can promise less. The word's length is the least common denominator of the proportions; after it the
-error is 0 and the word starts again. So counts before any position are (whole periods) + (a look-up in the word).
-
-With C lanes every lane draws the same word for itself: a step takes blocks_per_step / C blocks in each, and the
-bound holds per stream, phase and lane. A phase starts its word at 0; positions in a stream run on over phases.
+Phases × stages cut a run into segments of constant mixture, sequence length and batch size; everything else is
+arithmetic on segments and on each phase's cyclic word (see `word.py`). With C lanes every lane draws the same word
+for itself: a step takes blocks_per_step / C blocks in each, and the word's error bound holds per stream, phase and
+lane. A phase starts its word at 0; positions in a stream run on over phases.
 
 Everything here is in integers and `Fraction`s; no array is longer than one period of one phase.
 """
 
-import heapq
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +19,7 @@ from math import gcd, isqrt, lcm
 import numpy as np
 import numpy.typing as npt
 
-MAX_WORD = 1_000_000  # blocks; a longer period is refused (4 s and 12 MB to build at this length)
+from train.word import MAX_WORD, Word
 
 
 class ScheduleError(ValueError):
@@ -66,66 +61,6 @@ class Segment:
     @property
     def steps(self) -> int:
         return self.end_step - self.first_step
-
-
-class Word:
-    """The cyclic word of one phase: `letters[n % period]` is the stream of a lane's n-th block.
-
-    `letters` int32 and `earlier` int64 are [length]: the stream's number, and how often it came before in the word;
-    `length` is the period, or less where the phase ends before it. Where two streams are due alike the one that is
-    first in `shares` comes.
-    """
-
-    def __init__(self, shares: Mapping[int, Fraction], length: int) -> None:
-        self.period = lcm(*(share.denominator for share in shares.values()))
-        self.weights = {stream: int(share * self.period) for stream, share in shares.items()}
-        letters = tijdeman(list(self.weights.values()), min(self.period, length))
-        self.letters = np.array(list(shares), np.int32)[letters]
-        self.earlier = np.zeros(len(letters), np.int64)
-        self._places = {stream: np.flatnonzero(self.letters == stream) for stream in shares}
-        for places in self._places.values():
-            self.earlier[places] = np.arange(len(places))
-
-    def count(self, stream: int, n: int) -> int:
-        """How many of a lane's first `n` blocks of the phase come from `stream`."""
-        if stream not in self.weights:
-            return 0
-        periods, rest = divmod(n, self.period)
-        return periods * self.weights[stream] + int(np.searchsorted(self._places[stream], rest))
-
-    @property
-    def bound(self) -> Fraction:
-        """How many blocks any stream is off its target at most, after any number of a lane's blocks."""
-        k = len(self.weights)
-        return Fraction(0) if k == 1 else 1 - Fraction(1, 2 * k - 2)
-
-
-def tijdeman(weights: Sequence[int], length: int) -> npt.NDArray[np.int64]:
-    """The first `length` letters (places in `weights`) of the cyclic word with `weights[i]` letters i a period.
-
-    Tijdeman's rule in its scheduling form: with D = 2k − 2, the j-th letter i (from 0) may come from place
-    n ≥ (j + 1/D) / λ on (places from 1), and of the letters that may, the one with the earliest deadline
-    (j + 1 − 1/D) / λ comes; equal deadlines go by i. Kept in integers by the factor D · lcm(weights) / period.
-    """
-    letters = np.zeros(length, np.int64)
-    if len(weights) == 1:
-        return letters
-    period, d, scale = sum(weights), 2 * len(weights) - 2, lcm(*weights)
-
-    def release(i: int, j: int) -> int:
-        return -(-period * (j * d + 1) // (d * weights[i]))
-
-    waiting = [(release(i, 0), i, 0) for i in range(len(weights))]
-    heapq.heapify(waiting)
-    ready: list[tuple[int, int, int]] = []
-    for n in range(1, length + 1):
-        while waiting and waiting[0][0] <= n:
-            _, i, j = heapq.heappop(waiting)
-            heapq.heappush(ready, (((j + 1) * d - 1) * (scale // weights[i]), i, j))
-        _, i, j = heapq.heappop(ready)
-        letters[n - 1] = i
-        heapq.heappush(waiting, (release(i, j + 1), i, j + 1))
-    return letters
 
 
 @dataclass(frozen=True)

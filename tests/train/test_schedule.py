@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.schedule import MAX_WORD, Phase, Plan, ScheduleError, Stage, build_plan, proportion, tijdeman
+from train.schedule import Phase, Plan, ScheduleError, Stage, build_plan, proportion
+from train.word import MAX_WORD, tijdeman
 
 RECIPE = [
     Phase("knowledge", 45_000, {"en": Fraction(55, 100), "it": Fraction(35, 100), "chat": Fraction(10, 100)}, 16),
@@ -54,7 +55,7 @@ def test_every_prefix_of_the_word_is_within_tijdemans_bound(weights: list[int]) 
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_the_word_is_the_one_of_the_papers_rule(weights: list[int]) -> None:
-    """Tijdeman's own words: of the i with n·λ_i − x_i ≥ 1/(2k−2), the one with the least (1 − 1/(2k−2) − n·λ_i + x_i) / λ_i."""
+    """Of the i with n·λ_i − x_i ≥ 1/(2k−2), the one with the least (1 − 1/(2k−2) − n·λ_i + x_i) / λ_i."""
     k, period = len(weights), sum(weights)
     share = [Fraction(w, period) for w in weights]
     edge = Fraction(1, 2 * k - 2)
@@ -209,10 +210,10 @@ def test_ranks_that_do_not_divide_a_step_ahead_are_refused_with_those_that_do() 
     phases = [Phase("first", 4, shares({"a": 1}), 6), Phase("second", 4, shares({"a": 1}), 4)]
     plan = build_plan(phases, [Stage(0, 8)], "sequences", 8)
     plan.check_ranks(2)
-    with pytest.raises(ScheduleError, match="6 sequences a step in phase first, steps 0 to 3, .* 4 ranks; .*: 1, 2"):
+    with pytest.raises(ScheduleError, match=r"6 sequences a step in phase first, steps 0 to 3, .* 4 ranks; .*: 1, 2"):
         plan.check_ranks(4)
     plan.check_ranks(4, from_step=4)  # what is behind does not matter
-    with pytest.raises(ScheduleError, match="phase second, steps 4 to 7, .* 3 ranks; .*: 1, 2, 4"):
+    with pytest.raises(ScheduleError, match=r"phase second, steps 4 to 7, .* 3 ranks; .*: 1, 2, 4"):
         plan.check_ranks(3, from_step=4)
 
 
