@@ -12,8 +12,8 @@ from composer.loggers import LoggerDestination
 from chimera.cli import UserError
 from train.model import CausalLM
 from train.monitor import MetricsFile
-from train.schedule import Plan
 from train.settings import TrainSettings
+from train.shards import Shards
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -49,7 +49,7 @@ def _tracker(name: str, settings: TrainSettings, folder: Path) -> LoggerDestinat
     return MLFlowLogger(experiment_name=settings.run_name, run_name=settings.run_name, resume=True)
 
 
-def speed(plan: Plan, model: CausalLM, on_gpu: bool) -> Sequence[Callback]:
+def speed(model: CausalLM, on_gpu: bool) -> Sequence[Callback]:
     """Throughput (and on a GPU model flops utilisation), and the learning rate.
 
     Flops a token are 6 for each parameter plus 12 · layers · hidden · seq_len for attention (Chowdhery et al.,
@@ -71,3 +71,24 @@ def speed(plan: Plan, model: CausalLM, on_gpu: bool) -> Sequence[Callback]:
 def clipping(norm: float | None) -> list[GradientClipping]:
     """Clip the global gradient at `norm`, if given."""
     return [] if norm is None else [GradientClipping(clipping_type="norm", clipping_threshold=norm)]
+
+
+class About(Callback):
+    """Keeps in each checkpoint what `export_hf.py` needs besides the weights, so that the one file is enough."""
+
+    def __init__(self, model: CausalLM, shards: Shards, settings: TrainSettings) -> None:
+        self.about = {
+            "model_config": model.model.config.to_json_string(use_diff=False),
+            "tokenizer": shards.tokenizer.path.read_text(encoding="utf-8"),
+            "eos_token": shards.tokenizer.eos_token,
+            "pad_token": shards.tokenizer.pad_token,
+            "block_len": shards.block_len,
+            "run_name": settings.run_name,
+            "sources": {name: stream.get("source") for name, stream in shards.streams.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"about": self.about}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: this run's own description counts from here on."""

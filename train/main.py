@@ -80,10 +80,11 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan")
 
 
 def leader_decides(decide: Any) -> tuple[Any, Any]:
-    """Run `decide() -> (kept, shared)` on rank 0; all ranks get `shared`, or its `UserError`. Only rank 0 gets `kept`."""
+    """Run `decide() -> (kept, shared)` on rank 0; all ranks get `shared`, or its `UserError`, and rank 0 `kept`."""
     from composer.utils import dist
 
-    kept, answer = None, [None, None]
+    kept: Any = None
+    answer: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
         try:
             kept, answer[0] = decide()
@@ -110,7 +111,7 @@ def build_trainer(
     from composer.optim import DecoupledAdamW
     from composer.utils import dist, get_device
 
-    from train.callbacks import clipping, loggers, speed
+    from train.callbacks import About, clipping, loggers, speed
     from train.checkpoints import Checkpoints, RestoreRandomState
     from train.collate import Collate, Marks
     from train.curriculum import Curriculum, MixtureLoader, count_samples, count_tokens, microbatch
@@ -166,7 +167,8 @@ def build_trainer(
         restore,
         Monitor(plan, folder, config),  # before Curriculum: it reads the batch as the loader gave it
         Curriculum(plan, marks, tokens_at_once),
-        *speed(plan, model, on_gpu),
+        About(model, shards, settings),
+        *speed(model, on_gpu),
         *([Generate(settings.generate, shards)] if settings.generate.interval else []),
         Checkpoints(settings.save_folder, settings.save_interval, settings.save_keep),
     ]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Monitor(Callback):
         segment = self.plan.segment(info.step)
         phase = self.plan.phases[segment.phase]
         if info.phase != self.phase:
-            begun = self.plan.blocks_before(self.plan.phase_start(segment.phase))
+            begun = self.plan.blocks_before(sum(earlier.steps for earlier in self.plan.phases[: segment.phase]))
             now = self.plan.blocks_before(info.step)
             self.phase = info.phase
             self.realised = {name: now[name] - begun[name] for name in phase.proportions}
@@ -71,7 +72,7 @@ class Monitor(Callback):
             self.realised[name] = self.realised.get(name, 0) + tokens // self.plan.block_len
         seen = sum(self.realised.values())
         for name, count in self.realised.items():
-            target = phase.proportions.get(name, 0) * seen
+            target = phase.proportions.get(name, Fraction(0)) * seen
             if abs(count - target) >= self.plan.lanes:
                 raise RuntimeError(
                     f"step {info.step}: stream `{name}` has had {count} of {seen} blocks in phase {info.phase}, "

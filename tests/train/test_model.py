@@ -1,0 +1,134 @@
+"""The model: documents see only themselves; the loss is a mean over tokens however a batch is cut."""
+
+import pytest
+import torch
+
+from chimera.cli import UserError
+from train.collate import IGNORED, trained_tokens
+from train.model import CausalLM, Perplexity, TokenLoss, build_model, check_tokens, token_losses
+from train.settings import TrainSettings
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny(attention: str = "sdpa", **changes) -> CausalLM:
+    torch.manual_seed(0)
+    settings = TrainSettings(model={**TINY, **changes}, attn_implementation=attention)
+    return build_model(settings, vocab_size=100, eos_id=0, pad_id=1).eval()
+
+
+def packed(lengths: list[int]) -> dict[str, torch.Tensor]:
+    ids = torch.randint(2, 100, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    places = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": ids, "labels": ids, "position_ids": places}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_documents_in_one_sequence_do_not_see_each_other(attention):
+    model = tiny(attention)
+    lengths = [7, 12, 5]
+    batch = packed(lengths)
+    with torch.no_grad():
+        together = model(batch)[0]
+        first = 0
+        for n in lengths:
+            here = slice(first, first + n)
+            alone = model({name: value[:, here] for name, value in batch.items()})[0]
+            assert torch.allclose(together[here], alone, atol=1e-5)
+            first += n
+
+
+def test_without_restarting_positions_documents_do_see_each_other():
+    model = tiny()
+    batch = packed([7, 12])
+    whole = {**batch, "position_ids": torch.arange(19)[None]}
+    with torch.no_grad():
+        assert not torch.allclose(model(batch)[0, 7:], model(whole)[0, 7:], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_loss_weighted_by_tokens_is_the_same_for_any_microbatch(size):
+    model = tiny()
+    ids = torch.randint(2, 100, (8, 16), generator=torch.Generator().manual_seed(2))
+    labels = torch.where(torch.rand(8, 16, generator=torch.Generator().manual_seed(3)) < 0.5, ids, IGNORED)
+    places = torch.arange(16).expand(8, 16)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": places}
+    with torch.no_grad():
+        whole = model.loss(model(batch), batch)
+        total = torch.zeros(())
+        for i in range(0, 8, size):
+            part = {name: value[i : i + size] for name, value in batch.items()}
+            total += model.loss(model(part), part) * trained_tokens(part["labels"]) / trained_tokens(labels)
+    assert torch.allclose(whole, total, rtol=1e-6)
+
+
+def test_loss_of_a_batch_without_trained_tokens_is_zero_not_nan():
+    model = tiny()
+    batch = packed([4])
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    assert model.loss(model(batch), batch) == 0
+
+
+def test_token_losses_are_those_of_transformers():
+    model = tiny()
+    batch = packed([16])
+    with torch.no_grad():
+        theirs = model.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        ours = model.loss(model(batch), batch)
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+def test_metrics_are_means_over_tokens_of_all_batches():
+    loss, perplexity = TokenLoss(), Perplexity()
+    logits = torch.randn(3, 8, 50, generator=torch.Generator().manual_seed(4))
+    labels = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(5))
+    labels[0, 2:] = IGNORED
+    for rows in (slice(0, 1), slice(1, 3)):
+        loss.update(logits[rows], labels[rows])
+        perplexity.update(logits[rows], labels[rows])
+    expected = token_losses(logits, labels).sum() / trained_tokens(labels)
+    assert torch.allclose(loss.compute(), expected)
+    assert torch.allclose(perplexity.compute(), expected.exp())
+
+
+def test_vocabulary_is_padded_to_a_multiple_of_128():
+    assert tiny().model.config.vocab_size == 128
+    assert tiny(vocab_size=200).model.config.vocab_size == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 99}, "model.vocab_size"),
+        ({"hiden_size": 32}, "model.hiden_size"),
+        ({"model_type": "lama"}, "lama"),
+        ({"pretrained": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_a_wrong_model_setting_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**change)
+
+
+def test_a_model_is_read_from_a_local_folder_and_its_vocabulary_grown(tmp_path):
+    first = tiny()
+    first.model.save_pretrained(tmp_path)
+    settings = TrainSettings(model={"pretrained": str(tmp_path)})
+    again = build_model(settings, vocab_size=300, eos_id=0, pad_id=1)
+    assert again.model.get_input_embeddings().num_embeddings == 384
+    old = first.model.get_input_embeddings().weight
+    assert torch.equal(again.model.get_input_embeddings().weight[:128], old)
+
+
+def test_a_token_beyond_the_vocabulary_is_found_before_training():
+    check_tokens({"a": {"max_token_id": 99}}, ["a"], 100)
+    with pytest.raises(UserError, match="stream `a` holds token id 100"):
+        check_tokens({"a": {"max_token_id": 100}}, ["a"], 100)

@@ -1,0 +1,161 @@
+"""Checkpoint → Hugging Face folder: `python train/export_hf.py CHECKPOINT OUT`.
+
+Writes the model, its tokenizer with a ChatML chat template, a generation config and a model card with the mix the
+weights have really seen. Then it loads the folder as a user would and compares logits.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from chimera.cli import UserError, one_line, run, say
+from chimera.stack import check_stack
+
+# The rendering of convert/documents.py: a newline between turns, none after the last.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="export_hf.py", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="ep…-ba…-rank0.pt, or latest-rank0.pt")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    args = parser.parse_args(argv)
+    check_stack()
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UserError(f"{args.out} is not empty: give a new folder")
+    export(args.checkpoint, args.out, args.dtype)
+    say(f"{args.out}: model, tokenizer and card written; it loads, and its logits are the checkpoint's")
+    return 0
+
+
+def export(checkpoint: Path, out: Path, dtype: str = "float32") -> None:
+    """Write `out` from `checkpoint`; raises `UserError` where the checkpoint cannot be read or the copy differs."""
+    import torch
+
+    state = read_checkpoint(checkpoint)
+    about = state["callbacks"]["About"]["about"]
+    model = build(about, state["model"]).to(getattr(torch, dtype))
+    model.save_pretrained(out)
+    tokenizer = save_tokenizer(about, out)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    generation = {
+        "bos_token_id": None,
+        "eos_token_id": sorted({end for end in ends if end is not None}),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_new_tokens": 256,
+    }
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (out / "README.md").write_text(card(about, state), encoding="utf-8")
+    check(model, out)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The `state` of one of our checkpoints, on the CPU; only tensors and plain values are unpickled."""
+    import numpy
+    import torch
+    from numpy._core.multiarray import _reconstruct
+
+    random_state = [_reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType]
+    try:
+        with torch.serialization.safe_globals(random_state):
+            state = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise UserError(f"{path} is not a checkpoint that can be read: {one_line(error)[:200]}") from None
+    callbacks = dict(state["callbacks"])
+    if "About" not in callbacks:
+        raise UserError(f"{path} was not written by train/main.py: it lacks the model's description")
+    return {**state, "callbacks": callbacks}
+
+
+def build(about: dict[str, Any], weights: dict[str, Any]) -> Any:
+    """The `transformers` model with the checkpoint's weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = json.loads(about["model_config"])
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    return model.eval()
+
+
+def save_tokenizer(about: dict[str, Any], out: Path) -> Any:
+    """The shards' tokenizer as a `transformers` one, written to `out`."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(about["tokenizer"]),
+        eos_token=about["eos_token"],
+        pad_token=about["pad_token"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def card(about: dict[str, Any], state: dict[str, Any]) -> str:
+    """A model card with what the weights have seen, from the checkpoint's own counts."""
+    consumed = state["dataset_state"]["train"]["consumed"]
+    tokens = {name: blocks * about["block_len"] for name, blocks in consumed.items()}
+    total = sum(tokens.values())
+    rows = [
+        f"| {name} | {count:,} | {count / max(1, total):.2%} | {source_of(about['sources'].get(name))} |"
+        for name, count in tokens.items()
+    ]
+    step = state["dataset_state"]["train"]["step"]
+    return "\n".join(
+        [
+            f"# {about['run_name']}",
+            "",
+            f"A causal language model after {step:,} steps on {total:,} tokens, trained with Chimera.",
+            "",
+            "| stream | tokens seen | share | source |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            "The tokenizer's chat template is ChatML; documents end with "
+            f"`{about['eos_token']}`, turns with `<|im_end|>`.",
+            "",
+        ]
+    )
+
+
+def source_of(source: Any) -> str:
+    """A stream's source as the manifest describes it, in a few words."""
+    if not isinstance(source, dict):
+        return ""
+    described = source.get("describe", "")
+    return one_line(described if isinstance(described, str) else json.dumps(described)).replace("|", "/")
+
+
+def check(model: Any, out: Path) -> None:
+    """Raise `UserError` unless the folder loads and its logits on fixed ids equal `model`'s."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(out, torch_dtype=model.dtype, local_files_only=True).eval()
+    ids = torch.arange(min(64, model.config.vocab_size))[None]
+    with torch.no_grad():
+        if not torch.equal(model(ids).logits, again(ids).logits):
+            raise UserError(f"{out} loads, but its logits differ from the checkpoint's")
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()
