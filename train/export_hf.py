@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The `state` of one of our checkpoints, on the CPU; only tensors and plain values are unpickled."""
     import numpy
     import torch
-    from numpy._core.multiarray import _reconstruct
+    from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
 
     random_state = [_reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType]
     try:
