@@ -136,7 +136,7 @@ class _Lines:
     """A stream for tqdm that turns carriage returns into lines (for logs)."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
+        text = text.replace("\x1b[A", "").strip("\r\n ")
         if text:
             print(text, file=sys.stderr)
 

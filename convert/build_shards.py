@@ -1,0 +1,84 @@
+"""Entry point: text sources → MDS shards, as `shards.yaml` says. Killed at any moment, the same command goes on."""
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from chimera.cli import UserError, load_settings, parse, run, say
+
+DEFAULT = "yamls/shards.yaml"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="build_shards.py", description="Build MDS token shards from hub sets and files; resumes where it stopped."
+    )
+    _, path, overrides = parse(parser, argv, DEFAULT)
+    from convert.settings import BuildSettings, check
+
+    settings = load_settings(BuildSettings, path, overrides)
+    check(settings)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        build(settings)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        raise
+    return 0
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+def build(settings: Any) -> None:
+    """Plan, convert, publish: each resumable, all under the lock of the output."""
+    from convert import journal, planning
+    from convert.dispatch import Dispatcher
+    from convert.encoding import Encoder
+    from convert.engine import make_engine
+    from convert.part import load_plan
+    from convert.publish import publish
+
+    work = settings.work_folder
+    digest = Encoder.from_settings(settings.tokenizer).digest
+    if not work.exists() and planning.finished(settings, digest):
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with journal.locked(work / "lock", wait=False) as free:
+        if not free:
+            raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
+        if planning.finished(settings, digest):
+            shutil.rmtree(work)
+            return
+        plan = planning.current_plan(settings, work, digest)
+        _, streams = load_plan(work)
+        engine = make_engine(settings, work)
+        try:
+            dispatcher = Dispatcher(streams, work, not settings.remote, settings.stall_after)
+            parts = dispatcher.run(engine)
+        finally:
+            engine.close()
+        manifest = publish(plan, settings, streams, parts, work)
+        shutil.rmtree(work)
+    for name, stream in manifest["streams"].items():
+        train, rows = stream["train"], stream["rows"]
+        counts = f"{train['tokens']} tokens in {train['blocks']} blocks"
+        say(f"{name}: {rows['documents']} documents of {rows['read']} rows, {counts}")
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

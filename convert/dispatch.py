@@ -1,0 +1,174 @@
+"""Which part runs next, until every stream has what it needs: limits, lost workers, stalled sources, progress.
+
+Without `max_tokens` all parts of a stream are wanted whole. With it a part is wanted only as far as the parts before
+it leave tokens: parts run ahead with what is certainly enough, and one that took too much is done anew with the
+exact number, so the result does not depend on who ran when.
+"""
+
+import time
+from pathlib import Path
+
+from chimera.cli import UserError, progress, say
+from convert import journal
+from convert.engine import Engine, Event, Task
+from convert.journal import PartState
+from convert.part import Progress, StreamPlan, fits, part_folder
+
+MAX_LOSSES = 3  # times one part may lose its worker
+
+
+class StreamRun:
+    """The state of one stream's parts. `finished` is the list of part states that make up the stream."""
+
+    def __init__(self, plan: StreamPlan, work: Path, ahead: bool) -> None:
+        self.plan, self._work = plan, work
+        self._ahead = ahead  # whether parts may run before it is known how much of them is wanted
+        self._budget = plan.settings.max_tokens
+        self._accepted: list[PartState] = []
+        self._tokens = 0  # of the train split in the accepted parts
+        self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
+        self._running: set[int] = set()
+        self._next = 0
+        for index in range(len(plan.parts)):
+            state, _ = journal.load(part_folder(work, plan.name, index))
+            if state.done:
+                self._done[index] = state
+        self._settle()
+
+    @property
+    def finished(self) -> list[PartState] | None:
+        complete = len(self._accepted) == len(self.plan.parts) or self._left == 0
+        return self._accepted if complete else None
+
+    @property
+    def _left(self) -> int | None:
+        """Train tokens the parts after the accepted ones may add; `None`: any number."""
+        return None if self._budget is None else max(0, self._budget - self._tokens)
+
+    def next_task(self) -> Task | None:
+        """A part to start now, or `None`."""
+        first = len(self._accepted)
+        if self.finished is not None:
+            return None
+        last = len(self.plan.parts) if self._ahead or self._budget is None else first + 1
+        for index in range(first, last):
+            if index not in self._done and index not in self._running:
+                self._running.add(index)
+                return Task(self.plan.name, index, self._left)
+        return None
+
+    def done(self, index: int) -> None:
+        self._running.discard(index)
+        self._done[index], _ = journal.load(part_folder(self._work, self.plan.name, index))
+        self._settle()
+
+    def lost(self, index: int) -> None:
+        self._running.discard(index)
+
+    def _settle(self) -> None:
+        """Accept ended parts in order, as far as they hold what is wanted of them."""
+        while self._left != 0 and len(self._accepted) in self._done:
+            state = self._done.pop(len(self._accepted))
+            if not fits(state, self._left):
+                return  # to be done anew: `next_task` finds it missing
+            self._accepted.append(state)
+            self._tokens += state.splits["train"].tokens
+
+
+class Dispatcher:
+    """Runs the parts of all streams on an engine."""
+
+    def __init__(self, streams: dict[str, StreamPlan], work: Path, ahead: bool, stall_after: float) -> None:
+        self.runs = {name: StreamRun(plan, work, ahead) for name, plan in streams.items()}
+        self._stall_after, self._work = stall_after, work
+        self._heard: dict[Task, float] = {}  # running tasks, when each last moved
+        self._losses: dict[tuple[str, int], int] = {}
+        self._bars = {name: _Bar(run.plan, work) for name, run in self.runs.items()}
+
+    def run(self, engine: Engine) -> dict[str, list[PartState]]:
+        """The states of each stream's parts once all are done.
+
+        Raises `UserError` when a source or the disk fails or a part loses its worker again and again.
+        """
+        try:
+            while True:
+                self._fill(engine)
+                if not self._heard:
+                    break
+                for event in engine.wait(min(1.0, self._stall_after / 4)):
+                    self._handle(event)
+                self._name_stalled()
+        finally:
+            for bar in self._bars.values():
+                bar.close()
+        return {name: run.finished or [] for name, run in self.runs.items()}
+
+    def _fill(self, engine: Engine) -> None:
+        for run in self.runs.values():
+            while len(self._heard) < engine.slots:
+                task = run.next_task()
+                if task is None:
+                    break
+                engine.start(task)
+                self._heard[task] = time.monotonic()
+
+    def _handle(self, event: Event) -> None:
+        task, run = event.task, self.runs[event.task.stream]
+        if event.kind == "progress":
+            self._heard[task] = time.monotonic()
+            self._bars[task.stream].moved(task.part, event.payload)
+            return
+        del self._heard[task]
+        if event.kind == "failed":
+            raise event.payload
+        if event.kind == "done":
+            run.done(task.part)
+            self._bars[task.stream].ended(task.part)
+            return
+        run.lost(task.part)
+        losses = self._losses[task.stream, task.part] = self._losses.get((task.stream, task.part), 0) + 1
+        where = f"{task.stream}: the worker of part {task.part} ({run.plan.parts[task.part].spans[0].file}) is gone"
+        if losses >= MAX_LOSSES:
+            raise UserError(
+                f"{where} for the {losses}rd time: {event.payload}: give it more memory or fewer `workers`, then run "
+                "the same command again; it goes on where it stopped"
+            )
+        say(f"{where}: {event.payload}; another goes on from its last shard")
+
+    def _name_stalled(self) -> None:
+        now = time.monotonic()
+        for task, heard in self._heard.items():
+            if now - heard >= self._stall_after:
+                file = self.runs[task.stream].plan.parts[task.part].spans[0].file
+                where = f"part {task.part} ({file})"
+                say(f"{task.stream}: stalled: no row from {where} for {self._stall_after:g} s; waiting")
+                self._heard[task] = now
+
+
+class _Bar:
+    """A stream's progress: tokens where their number is limited, else bytes of the source."""
+
+    def __init__(self, plan: StreamPlan, work: Path) -> None:
+        self._sizes = [part.bytes for part in plan.parts]
+        self._budget = plan.settings.max_tokens
+        self._seen: dict[int, float] = {}
+        states = [journal.load(part_folder(work, plan.name, i))[0] for i in range(len(plan.parts))]
+        if self._budget is None:
+            before = sum(size if s.done else s.bytes for s, size in zip(states, self._sizes, strict=True))
+            self._seen = {i: s.bytes for i, s in enumerate(states)}
+        else:
+            before = sum(s.splits["train"].tokens for s in states)
+        total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
+        self._bar = progress(total, unit, plan.name, initial=min(before, total))
+
+    def moved(self, part: int, step: Progress) -> None:
+        self._seen[part] = self._seen.get(part, 0.0) + step.bytes
+        self._bar.update(step.bytes if self._budget is None else step.tokens)
+
+    def ended(self, part: int) -> None:
+        """What rows did not account for (headers, other columns) counts as done."""
+        if self._budget is None:
+            self._bar.update(self._sizes[part] - self._seen.pop(part, 0.0))
+
+    def close(self) -> None:
+        self._bar.close()

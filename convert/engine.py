@@ -1,0 +1,170 @@
+"""Where parts run: processes of this machine, or Ray tasks on a cluster. What runs is `part.run_part` either way.
+
+A worker that dies (killed, out of memory, its node gone) is an event like any other: its part can be given to
+another, which goes on from the last commit.
+"""
+
+import os
+import signal
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from chimera.cli import UserError
+from convert.settings import BuildSettings
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part to do; `limit` is the train tokens it may hold."""
+
+    stream: str
+    part: int
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """`progress` (payload: Progress), `done`, `failed` (payload: an exception to raise) or `lost` (payload: how)."""
+
+    kind: str
+    task: Task
+    payload: Any = None
+
+
+class Engine(Protocol):
+    slots: int  # tasks it runs at a time
+
+    def start(self, task: Task) -> None: ...
+
+    def wait(self, seconds: float) -> list[Event]:
+        """What happened; waits at most `seconds` for something to happen."""
+        ...
+
+    def close(self) -> None:
+        """Stop every task at once; the parts' commits make that safe."""
+        ...
+
+
+def make_engine(settings: BuildSettings, work: Path) -> Engine:
+    """The engine the settings name."""
+    if settings.engine == "ray":
+        from convert.ray_engine import RayEngine
+
+        engine: Engine = RayEngine(settings, work)
+        return engine
+    return LocalEngine(settings.worker_count, work)
+
+
+def failure(error: BaseException, work: Path) -> Exception:
+    """An exception of a part as one to raise in the builder: what the user can mend as `UserError`."""
+    import errno
+
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"no space left for {error.filename or work}: free some and run the same command again; "
+            "it goes on where it stopped"
+        )
+    return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
+
+
+class LocalEngine:
+    """One process a slot, started when first needed and again when it died."""
+
+    def __init__(self, workers: int, work: Path) -> None:
+        self.slots = workers
+        self._work = work
+        self._context = get_context("spawn")  # a fork would copy the threads' locks of pyarrow and tokenizers
+        self._idle: list[tuple[Any, Any]] = []  # (process, connection)
+        self._busy: dict[Any, tuple[Any, Task]] = {}  # connection -> (process, task)
+
+    def start(self, task: Task) -> None:
+        process, conn = self._idle.pop() if self._idle else self._spawn()
+        self._busy[conn] = (process, task)
+        conn.send(task)
+
+    def wait(self, seconds: float) -> list[Event]:
+        events: list[Event] = []
+        for ready in connection.wait(list(self._busy), seconds):
+            conn: Any = ready
+            process, task = self._busy[conn]
+            try:
+                kind, payload = conn.recv()
+            except (EOFError, OSError):
+                process.join()
+                del self._busy[conn]
+                events.append(Event("lost", task, _cause(process.exitcode)))
+                continue
+            if kind != "progress":
+                del self._busy[conn]
+                self._idle.append((process, conn))
+            events.append(Event(kind, task, payload))
+        return events
+
+    def close(self) -> None:
+        processes = [process for process, _ in [*self._idle, *self._busy.values()]]
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        self._idle, self._busy = [], {}
+
+    def _spawn(self) -> tuple[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        threads = max(1, len(os.sched_getaffinity(0)) // self.slots)  # of `tokenizers`, in each process
+        process = self._context.Process(target=_work, args=(theirs, self._work), daemon=True)
+        with _environment(RAYON_NUM_THREADS=str(threads)):
+            process.start()
+        theirs.close()
+        return process, ours
+
+
+def _cause(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"it ended with code {exitcode}"
+    if -exitcode == signal.SIGKILL:
+        return "it was killed (SIGKILL), which the system does when memory runs out"
+    return f"it was ended by {signal.Signals(-exitcode).name}"
+
+
+class _environment:
+    """Environment variables for the processes started inside the block."""
+
+    def __init__(self, **values: str) -> None:
+        self._values = {key: value for key, value in values.items() if key not in os.environ}
+
+    def __enter__(self) -> None:
+        os.environ.update(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        for key in self._values:
+            os.environ.pop(key, None)
+
+
+def _work(conn: Any, work: Path) -> None:
+    """The life of a local worker: tasks in, events out, until the builder is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder decides what Ctrl-C means
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    from convert.part import run_part
+
+    while True:
+        task: Task = conn.recv()
+        try:
+            run_part(work, task.stream, task.part, task.limit, lambda moved: conn.send(("progress", moved)))
+            conn.send(("done", None))
+        except Exception as error:
+            conn.send(("failed", failure(error, work)))
+
+
+def _die_with_parent() -> None:
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

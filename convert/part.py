@@ -1,0 +1,286 @@
+"""One part of a stream from rows to shards, committed shard by shard.
+
+Everything a part writes follows from its spans, the settings and the tokenizer: shard boundaries are counted in
+blocks, the eval split is chosen by content, and `max_tokens` cuts behind the document that reaches it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from convert import journal
+from convert.documents import Document, DocumentReader, Dropped
+from convert.encoding import Encoder
+from convert.journal import SPLITS, PartState
+from convert.packing import Packer
+from convert.reading import Position, Row, Span, reject_line
+from convert.settings import BuildSettings, StreamSettings, TokenizerSettings, settings_from
+from convert.shards import Array, ShardFormat, write_shard
+from convert.sources import Part, rows
+
+BATCH_CHARS = 1 << 19  # of text encoded together; a larger document is a batch of its own
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A stream as planned: its settings, the column to read, its parts and which encoder path it takes."""
+
+    name: str
+    settings: StreamSettings
+    column: str | None
+    parts: list[Part]
+    encoder_path: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a part has moved since its last report."""
+
+    bytes: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+
+
+Report = Callable[[Progress], None]
+Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
+
+
+@lru_cache(maxsize=2)
+def load_plan(work: Path) -> tuple[BuildSettings, dict[str, StreamPlan]]:
+    """The build's settings and streams from `work/plan.json`, as every worker sees them."""
+    plan = json.loads((work / "plan.json").read_bytes())
+    settings = settings_from(plan["running"])
+    streams = {}
+    for name, stream in plan["streams"].items():
+        parts = [Part(tuple(Span(**span) for span in part)) for part in stream["parts"]]
+        streams[name] = StreamPlan(name, settings.streams[name], stream["column"], parts, stream["encoder"]["path"])
+    return settings, streams
+
+
+@lru_cache(maxsize=4)
+def encoder_for(work: Path, eos_token: str, pad_token: str, path: str) -> Encoder:
+    """The encoder of the build's own copy of the tokenizer, on the path its stream was planned with."""
+    return Encoder.from_settings(TokenizerSettings(str(work / "tokenizer.json"), eos_token, pad_token), path)
+
+
+def shard_format(build: BuildSettings, stream: StreamSettings, dtype: str) -> ShardFormat:
+    """How the shards of one stream look."""
+    masked = stream.format == "chatml"
+    return ShardFormat(build.block_len, dtype, masked, build.compression, build.hash, build.shard_bytes)
+
+
+def split_of(content: str, eval_fraction: float) -> str:
+    """`eval` for a fixed share of all texts, by their content alone, so that equal documents fall together."""
+    import xxhash
+
+    return "eval" if xxhash.xxh3_64_intdigest(content.encode()) < eval_fraction * 2**64 else "train"
+
+
+def part_folder(work: Path, stream: str, index: int) -> Path:
+    return work / "parts" / stream / f"{index:05d}"
+
+
+def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
+    """Bring a part to its end, from wherever an earlier run left it.
+
+    `limit` is the train tokens the part may hold: it ends behind the document that reaches it. A part that has more
+    already is done anew. Raises `UserError` for a damaged source, `OSError` for the disk.
+    """
+    settings, streams = load_plan(work)
+    folder = part_folder(work, stream, index)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with journal.locked(folder.with_suffix(".lock"), wait=True):
+        state, _ = journal.load(folder)
+        if not fits(state, limit):
+            shutil.rmtree(folder)
+        for split in SPLITS:
+            (folder / split).mkdir(parents=True, exist_ok=True)
+        tokenizer = settings.tokenizer
+        encoder = encoder_for(work, tokenizer.eos_token, tokenizer.pad_token, streams[stream].encoder_path)
+        with _Part(settings, streams[stream], index, folder, encoder) as part:
+            if not part.state.done:
+                part.run(limit, report)
+
+
+def fits(state: PartState, limit: int | None) -> bool:
+    """Whether a part's state leads to, or is, what the part must hold under `limit` train tokens."""
+    if limit is None:
+        return state.limit is None
+    if state.done and state.limit is not None:
+        return state.limit == limit
+    return state.splits["train"].tokens < limit
+
+
+class _Part:
+    def __init__(self, build: BuildSettings, plan: StreamPlan, index: int, folder: Path, encoder: Encoder) -> None:
+        self.build, self.plan, self.folder = build, plan, folder
+        self.part, self.name = plan.parts[index], f"{index:05d}"
+        self.encoder = encoder
+        self.reader = DocumentReader(plan.settings, self.encoder.special_ids, plan.column or "")
+        self.form = shard_format(build, plan.settings, np.dtype(encoder.dtype).name)
+        self.state, arrays = journal.load(folder)
+        journal.clean(folder, self.state)
+        self.splits = {name: _Split(name, self, arrays) for name in SPLITS}
+        self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> "_Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rejects.close()
+
+    def run(self, limit: int | None, report: Report) -> None:
+        for batch in _batches(self._documents()):
+            moved = self._add(batch, limit)
+            if any(split.pending_blocks >= self.form.blocks_per_shard for split in self.splits.values()):
+                self._commit()
+            report(moved)
+            if self.state.limit is not None:
+                break
+        for split in self.splits.values():
+            split.finish()
+        self.state.done = True
+        self._commit()
+
+    def _documents(self) -> Iterator[Found]:
+        """The rows from the committed position on."""
+        start = Position(self.state.number, self.state.offset)
+        for index in range(self.state.span, len(self.part.spans)):
+            for row in rows(self.part.spans[index], self.plan.column, start, self.build.retries):
+                value = row.value
+                yield index, row, value if value is None or isinstance(value, Dropped) else self.reader.read(value)
+            start = Position()
+
+    def _add(self, batch: list[Found], limit: int | None) -> Progress:
+        """Count, encode and pack a batch, up to the document that reaches `limit`."""
+        encoded = iter(self.encoder.encode([found for _, _, found in batch if isinstance(found, Document)]))
+        state, before = self.state, self.state.splits["train"].tokens
+        bytes_before, rows_before = state.bytes, state.read
+        for span, row, found in batch:
+            self._step(span, row)
+            if found is None:
+                continue
+            state.read += 1
+            if isinstance(found, Dropped):
+                self._drop(span, row, found)
+                continue
+            ids, mask = next(encoded)
+            if len(ids) - 1 < self.plan.settings.min_tokens:
+                state.filtered["too_few_tokens"] = state.filtered.get("too_few_tokens", 0) + 1
+                continue
+            state.max_token_id = max(state.max_token_id, int(ids.max()))
+            self.splits[split_of(found.content, self.build.eval_fraction)].add(ids, mask)
+            if limit is not None and state.splits["train"].tokens >= limit:
+                state.limit = limit
+                break
+        return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before, state.read - rows_before)
+
+    def _step(self, span: int, row: Row) -> None:
+        """Move the position behind a row."""
+        while len(self.state.lines) <= span:
+            self.state.lines.append(0)
+        self.state.span = span
+        self.state.number, self.state.offset = row.after
+        self.state.lines[span] = row.after.number
+        self.state.bytes += row.size
+
+    def _drop(self, span: int, row: Row, dropped: Dropped) -> None:
+        counts = self.state.filtered if dropped.kind == "filtered" else self.state.rejected
+        counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
+        if dropped.kind == "rejected":
+            key = "line" if self.part.spans[span].kind == "jsonl" else "row"
+            line = reject_line(self.part.spans[span].file, key, row.number, dropped.reason, row.raw)
+            # the span's place goes along: lines of a range are counted from its start until all parts are known
+            self.rejects.write(b"%d " % span + line)
+
+    def _commit(self) -> None:
+        for split in self.splits.values():
+            split.write()
+        self.rejects.flush()
+        self.state.reject_bytes = self.rejects.tell()
+        arrays = {f"{n}.{k}": v for n, split in self.splits.items() for k, v in split.arrays().items()}
+        journal.save(self.folder, self.state, arrays)
+
+
+def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
+    """Rows in order, in lists of about `BATCH_CHARS` characters."""
+    batch: list[Found] = []
+    characters = 0
+    for item in found:
+        batch.append(item)
+        characters += len(item[2].content) if isinstance(item[2], Document) else 1
+        if characters >= BATCH_CHARS or len(batch) >= BATCH_ROWS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Split:
+    """A part's share of `train` or `eval`: the packer and the blocks that wait for a shard."""
+
+    def __init__(self, name: str, part: _Part, arrays: dict[str, Array]) -> None:
+        self.name, self.part, self.form = name, part, part.form
+        self.state = part.state.splits[name]
+        encoder = part.encoder
+        self.packer = Packer(
+            self.form.block_len,
+            encoder.pad_id,
+            part.plan.settings.packing,
+            dtype=encoder.dtype,
+            masked=self.form.masked,
+        )
+        mine = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
+        self.blocks: list[Array] = [mine.pop("blocks")] if mine else []
+        self.masks: list[Array] = [mine.pop("masks")] if mine and self.form.masked else []
+        if mine:
+            self.packer.restore(mine)
+
+    @property
+    def pending_blocks(self) -> int:
+        return sum(len(blocks) for blocks in self.blocks)
+
+    def add(self, ids: Array, mask: Array | None) -> None:
+        self.packer.add(ids, mask)
+        self.state.documents += 1
+        self.state.tokens += len(ids)
+        self._take()
+
+    def _take(self) -> None:
+        blocks, masks, padding = self.packer.take()
+        if len(blocks):
+            self.blocks.append(blocks)
+            if masks is not None:
+                self.masks.append(masks)
+            self.state.blocks += len(blocks)
+            self.state.padding += padding
+
+    def finish(self) -> None:
+        """Turn everything that waits into blocks, and those into shards."""
+        self.packer.flush()
+        self._take()
+        self.write(rest=True)
+
+    def write(self, rest: bool = False) -> None:
+        """Write as many full shards as wait; with `rest` the last, shorter one too."""
+        while self.pending_blocks >= (1 if rest else self.form.blocks_per_shard):
+            blocks = np.concatenate(self.blocks)
+            masks = np.concatenate(self.masks) if self.masks else None
+            n = self.form.blocks_per_shard
+            name = f"shard.{self.part.name}.{len(self.state.shards):05d}"
+            now = masks[:n] if masks is not None else None
+            self.state.shards.append(write_shard(self.form, self.part.folder / self.name, name, blocks[:n], now))
+            self.blocks, self.masks = [blocks[n:]], [masks[n:]] if masks is not None else []
+
+    def arrays(self) -> dict[str, Array]:
+        """What waits for a shard, for the journal."""
+        found = {"blocks": np.concatenate(self.blocks)} if self.blocks else {}
+        if self.masks:
+            found["masks"] = np.concatenate(self.masks)
+        return {**self.packer.state(), **found} if not self.part.state.done else {}

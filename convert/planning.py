@@ -1,0 +1,163 @@
+"""The plan of a build: which source each stream reads, its parts and its encoder path, decided once.
+
+The plan lies in the work folder until the build is published, so a rerun goes on with the same source at the same
+revision, and a rerun with other settings, another tokenizer or changed files is refused with the difference.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from chimera.cli import UserError, say
+from convert.documents import Document, DocumentReader, Dropped
+from convert.encoding import Encoder, tokenizer_file
+from convert.journal import SPLITS
+from convert.reading import Position
+from convert.settings import BuildSettings, StreamSettings, differences, identity
+from convert.shards import Json, write_file
+from convert.sources import Opened, changed_files, open_source, rows
+
+SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agree with the slow one
+SAMPLE_CHARS = 1 << 20
+
+
+def current_plan(settings: BuildSettings, work: Path, digest: str) -> Json:
+    """The plan of the unfinished build in `work`, or a new one.
+
+    Raises `UserError` when the output or the unfinished build has other settings, another tokenizer (`digest`) or
+    other files, unless `rebuild` is set: then what is there is removed first.
+    """
+    plan = stored(work / "plan.json")
+    if plan is not None:
+        found = changes(plan, settings, digest)
+        if not found:
+            say(f"going on with the unfinished build in {work}")
+            return plan
+        if not settings.rebuild:
+            raise UserError(refusal(f"the unfinished build in {work}", found))
+    output = Path(settings.output)
+    taken = [output / name for name in settings.streams if (output / name).exists()]
+    if taken and not settings.rebuild:
+        raise UserError(f"{taken[0]} exists and is not of this build: choose another `output` or set `rebuild=true`")
+    _remove(output, stored(output / "manifest.json"), settings)
+    for old in (work / "plan.json", work / "parts"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    return make_plan(settings, work)
+
+
+def finished(settings: BuildSettings, digest: str) -> bool:
+    """Whether the output is this build, whole. Raises `UserError` with the difference when it is another one."""
+    manifest = stored(Path(settings.output) / "manifest.json")
+    if manifest is None:
+        return False
+    found = changes(manifest, settings, digest)
+    if found and not settings.rebuild:
+        raise UserError(refusal(settings.output, found))
+    if not found:
+        say(f"{settings.output} is finished: nothing to do")
+    return not found
+
+
+def refusal(what: str, found: list[str]) -> str:
+    """The sentence for an output that was built otherwise."""
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return (
+        f"{what} was made otherwise ({'; '.join(found[:5])}{more}): choose another `output`, take the change back, or "
+        "set `rebuild=true` to replace it"
+    )
+
+
+def _remove(output: Path, manifest: Json | None, settings: BuildSettings) -> None:
+    """Remove an older build: its manifest first, so that nothing half removed looks whole."""
+    (output / "manifest.json").unlink(missing_ok=True)
+    for name in {*(manifest or {"streams": {}})["streams"], *settings.streams}:
+        for split in SPLITS:
+            shutil.rmtree(output / name / split, ignore_errors=True)
+        (output / "rejects" / f"{name}.jsonl.zst").unlink(missing_ok=True)
+        if (output / name).is_dir():
+            (output / name).rmdir()
+
+
+def stored(path: Path) -> Json | None:
+    """A JSON file of ours, or `None` where there is none."""
+    try:
+        value: Json = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove its folder to start anew") from None
+    return value
+
+
+def changes(old: Json, settings: BuildSettings, digest: str) -> list[str]:
+    """How settings, tokenizer (its digest) and local files differ from those of `old`, a plan or a manifest."""
+    found = differences(old["settings"], identity(settings))
+    if old["tokenizer"]["digest"] != digest:
+        found.append(f"tokenizer: {old['tokenizer']['digest'][:12]} -> {digest[:12]}")
+    for stream in old["streams"].values():
+        found += [f"the size of {file}" for file in changed_files(stream["source"]["describe"])]
+    return found
+
+
+def make_plan(settings: BuildSettings, work: Path) -> Json:
+    """Open every stream's source and write `work/plan.json` (and the tokenizer the build will use)."""
+    encoder = Encoder.from_settings(settings.tokenizer)
+    plan: Json = {
+        "settings": identity(settings),
+        "running": asdict(settings),
+        "tokenizer": describe_tokenizer(settings, encoder),
+        "streams": {name: _plan_stream(name, settings) for name in settings.streams},
+    }
+    write_file(work / "tokenizer.json", tokenizer_file(settings.tokenizer.path).read_bytes())
+    write_file(work / "plan.json", json.dumps(plan, sort_keys=True).encode())
+    return plan
+
+
+def _plan_stream(name: str, settings: BuildSettings) -> Json:
+    stream = settings.streams[name]
+    opened = open_source(name, stream, settings)
+    encoder = Encoder.from_settings(settings.tokenizer)
+    encoder.verify_sample(list(_sample(stream, opened, encoder, settings.retries)))
+    say(f"{name}: encoder {encoder.path} ({encoder.reason})")
+    return {
+        "source": {"index": opened.index, "describe": opened.describe, "passed_over": opened.passed_over},
+        "column": opened.column,
+        "parts": [[asdict(span) for span in part.spans] for part in opened.parts],
+        "encoder": {"path": encoder.path, "reason": encoder.reason},
+    }
+
+
+def _sample(stream: StreamSettings, opened: Opened, encoder: Encoder, retries: int) -> Iterator[str]:
+    """Texts from the head of a source."""
+    reader = DocumentReader(stream, encoder.special_ids, opened.column or "")
+    found = (
+        reader.read(row.value)
+        for part in opened.parts[:1]
+        for span in part.spans
+        for row in islice(rows(span, opened.column, Position(), retries), 8 * SAMPLE_DOCUMENTS)
+        if row.value is not None and not isinstance(row.value, Dropped)
+    )
+    characters = 0
+    for document in islice((d for d in found if isinstance(d, Document)), SAMPLE_DOCUMENTS):
+        yield document.content[:SAMPLE_CHARS]
+        characters += len(document.content)
+        if characters >= SAMPLE_CHARS:
+            return
+
+
+def describe_tokenizer(settings: BuildSettings, encoder: Encoder) -> Json:
+    """The manifest's `tokenizer` object."""
+    return {
+        "digest": encoder.digest,
+        "vocab_size": encoder.vocab_size,
+        "eos_token": settings.tokenizer.eos_token,
+        "eos_id": encoder.eos_id,
+        "pad_token": settings.tokenizer.pad_token,
+        "pad_id": encoder.pad_id,
+        "dtype": np.dtype(encoder.dtype).name,
+    }

@@ -1,0 +1,145 @@
+"""Finished parts → the output: sums checked, shards first, each index behind its shards, the manifest last of all.
+
+Every step can be done again, so a build killed while publishing goes on publishing.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from chimera.cli import UserError
+from convert.journal import SPLITS, PartState
+from convert.part import StreamPlan, part_folder
+from convert.settings import BuildSettings
+from convert.shards import Json, digest, file_of, index_bytes, sync_folder, write_file
+
+
+def publish(
+    plan: Json, settings: BuildSettings, streams: dict[str, StreamPlan], parts: dict[str, list[PartState]], work: Path
+) -> Json:
+    """Move everything to the output; returns the manifest."""
+    manifest = make_manifest(plan, settings, parts)
+    check_sums(manifest)
+    output = Path(settings.output)
+    for name in streams:
+        for split in SPLITS:
+            _publish_split(work, output, name, split, parts[name])
+        (output / "rejects").mkdir(parents=True, exist_ok=True)
+        write_file(output / "rejects" / f"{name}.jsonl.zst", rejects(streams[name], parts[name], work))
+    (output / "tokenizer").mkdir(exist_ok=True)
+    write_file(output / "tokenizer" / "tokenizer.json", (work / "tokenizer.json").read_bytes())
+    write_file(output / "manifest.json", manifest_bytes(manifest))
+    return manifest
+
+
+def _publish_split(work: Path, output: Path, stream: str, split: str, parts: list[PartState]) -> None:
+    entries = [entry for part in parts for entry in part.splits[split].shards]
+    if not entries:
+        return
+    folder = output / stream / split
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, part in enumerate(parts):
+        for entry in part.splits[split].shards:
+            file = file_of(entry)
+            made = part_folder(work, stream, index) / split / file["basename"]
+            if made.exists():
+                shutil.move(made, folder / file["basename"])
+            place = folder / file["basename"]
+            if not place.exists() or place.stat().st_size != file["bytes"]:
+                raise UserError(f"{place} is missing or damaged: remove {work} and build again")
+    sync_folder(folder)
+    write_file(folder / "index.json", index_bytes(entries))
+
+
+def make_manifest(plan: Json, settings: BuildSettings, parts: dict[str, list[PartState]]) -> Json:
+    """The manifest of the given parts, without anything that differs between two builds of the same output."""
+    tokenizer = dict(plan["tokenizer"])
+    dtype = tokenizer.pop("dtype")
+    return {
+        "format": 1,
+        "block_len": settings.block_len,
+        "dtype": dtype,
+        "compression": settings.compression,
+        "hash": settings.hash,
+        "tokenizer": tokenizer,
+        "streams": {
+            name: {
+                "format": settings.streams[name].format,
+                "packing": settings.streams[name].packing,
+                "source": plan["streams"][name]["source"],
+                "encoder": plan["streams"][name]["encoder"],
+                "max_token_id": max((part.max_token_id for part in states), default=-1),
+                "rows": {
+                    "read": sum(part.read for part in states),
+                    "documents": sum(part.documents for part in states),
+                    "filtered": _sum([part.filtered for part in states]),
+                    "rejected": _sum([part.rejected for part in states]),
+                },
+                **{split: _split_summary(split, states) for split in SPLITS},
+            }
+            for name, states in parts.items()
+        },
+        "settings": plan["settings"],
+    }
+
+
+def _split_summary(split: str, parts: list[PartState]) -> Json:
+    states = [part.splits[split] for part in parts]
+    entries = [entry for state in states for entry in state.shards]
+    return {
+        "documents": sum(state.documents for state in states),
+        "tokens": sum(state.tokens for state in states),
+        "padding": sum(state.padding for state in states),
+        "blocks": sum(state.blocks for state in states),
+        "shards": len(entries),
+        "index": digest("sha256", index_bytes(entries)) if entries else None,
+    }
+
+
+def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
+    reasons = sorted({reason for count in counts for reason in count})
+    return {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
+
+
+def check_sums(manifest: Json) -> None:
+    """Every row accounted for, every token in a block; a difference is a defect, and nothing is published."""
+    for name, stream in manifest["streams"].items():
+        rows = stream["rows"]
+        dropped = sum(rows["filtered"].values()) + sum(rows["rejected"].values())
+        _equal(name, "rows", rows["read"], rows["documents"] + dropped)
+        _equal(name, "documents", rows["documents"], sum(stream[split]["documents"] for split in SPLITS))
+        for split in SPLITS:
+            found = stream[split]
+            _equal(name, f"{split} tokens", found["blocks"] * manifest["block_len"], found["tokens"] + found["padding"])
+
+
+def _equal(stream: str, what: str, left: int, right: int) -> None:
+    if left != right:
+        raise RuntimeError(f"{stream}: the {what} do not add up: {left} against {right}: nothing was published")
+
+
+def manifest_bytes(manifest: Json) -> bytes:
+    return json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> bytes:
+    """The reject file of a stream: those of its parts in order, lines counted from the start of their file."""
+    import zstandard
+
+    compressor = zstandard.ZstdCompressor(level=3).compressobj()
+    lines_before: dict[str, int] = {}  # physical lines of each file in the spans so far
+    out: list[bytes] = []
+    for index, state in enumerate(parts):
+        spans = plan.parts[index].spans
+        bases = []
+        for span, lines in zip(spans, state.lines, strict=False):
+            bases.append(lines_before.get(span.file, 0))
+            lines_before[span.file] = bases[-1] + lines
+        with open(part_folder(work, plan.name, index) / "rejects.jsonl", "rb") as file:
+            for line in file:
+                place, _, text = line.partition(b" ")
+                reject = json.loads(text)
+                if "line" in reject:
+                    reject["line"] += bases[int(place)]
+                out.append(compressor.compress(json.dumps(reject).encode() + b"\n"))
+    return b"".join([*out, compressor.flush()])

@@ -1,0 +1,225 @@
+"""Rows of local files: parquet by column and row group, JSONL line by line, from any position.
+
+JSONL is cut at newline bytes and read here, not by a library, so that one bad line costs one line. Every reader
+yields rows with the position behind them: starting again there gives the rows that follow, none lost or repeated.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+from chimera.cli import UserError
+from convert.documents import Dropped, parse_line
+
+LONGEST_LINE = 256 << 20  # bytes; a longer line is rejected unread, so that memory stays bounded
+_BATCH_BYTES = 1 << 20  # of parquet text decoded at a time
+_CHAT_COLUMNS = ("messages", "instruction", "input", "output")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous piece of one file.
+
+    `begin` and `end` count bytes (`jsonl`: the lines that start in [begin, end)), row groups (`parquet`) or nothing
+    (`hub`, compressed JSONL: the whole file). `bytes` is its share of the progress bar.
+    """
+
+    kind: str  # jsonl | parquet | hub
+    file: str
+    begin: int
+    end: int | None
+    bytes: int
+
+
+class Position(NamedTuple):
+    """Where the next row of a span starts: rows or physical lines passed, and for JSONL the byte in the file."""
+
+    number: int = 0
+    offset: int | None = None
+
+
+class Row(NamedTuple):
+    value: object  # a mapping of columns, or `Dropped` where none could be read
+    raw: object  # what a reject file shows: the line's bytes, or the mapping
+    number: int  # row of the file, from 0; for JSONL the line, from 1 at the span's start
+    size: float  # share of `Span.bytes`
+    after: Position
+
+
+def rows_of_file(span: Span, column: str | None, start: Position) -> Iterator[Row]:
+    """Rows of a local span from `start`; `column` is the text column (`None`: those of a conversation).
+
+    Raises `UserError` naming the file when it is damaged or gone.
+    """
+    read = _parquet_rows(span, column, start) if span.kind == "parquet" else _jsonl_rows(span, start)
+    try:
+        yield from read
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # the disk's own troubles keep their name
+        raise UserError(f"{span.file} cannot be read to its end: {error}: mend or remove the file") from error
+
+
+# Parquet
+
+
+def conversation_columns(names: list[str]) -> list[str]:
+    """The columns a conversation can be read from, among `names`; empty when they do not suffice."""
+    found = [name for name in _CHAT_COLUMNS if name in names]
+    return found if "messages" in found or {"instruction", "output"} <= set(found) else []
+
+
+def _parquet_rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(span.file, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
+        meta = file.metadata
+        columns = [column] if column else conversation_columns(file.schema_arrow.names)
+        groups = range(span.begin, meta.num_row_groups if span.end is None else span.end)
+        first = sum(meta.row_group(g).num_rows for g in range(span.begin))
+        share = span.bytes / max(1, sum(meta.row_group(g).num_rows for g in groups))
+        passed = 0  # rows of the span before the batch at hand
+        for group in groups:
+            in_group = meta.row_group(group).num_rows
+            if passed + in_group <= start.number:
+                passed += in_group
+                continue
+            size = max(1, meta.row_group(group).total_byte_size // max(1, in_group))
+            batches = file.iter_batches(
+                batch_size=max(1, min(1024, _BATCH_BYTES // size)),
+                row_groups=[group],
+                columns=columns,
+                use_threads=False,
+            )
+            for batch in batches:
+                skip = min(max(0, start.number - passed), batch.num_rows)
+                for number, value in enumerate(_values(batch.slice(skip)), passed + skip):
+                    yield Row(value, value, first + number, share, Position(number + 1))
+                passed += batch.num_rows
+
+
+def _values(batch: Any) -> Iterator[object]:
+    """The rows of a batch as mappings; text stays bytes, so that one row of bad UTF-8 costs one row."""
+    import pyarrow as pa
+
+    if batch.num_columns == 1 and pa.types.is_string(batch.schema.field(0).type):
+        batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.binary())]))
+    elif batch.num_columns == 1 and pa.types.is_large_string(batch.schema.field(0).type):
+        batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.large_binary())]))
+    for i in range(batch.num_rows):
+        try:
+            yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError:
+            yield Dropped("rejected", "invalid_utf8")
+
+
+# JSONL
+
+
+def _jsonl_rows(span: Span, start: Position) -> Iterator[Row]:
+    packed = span.file.endswith((".gz", ".zst"))
+    with open(span.file, "rb") as below:
+        file, offset = _open_lines(span, below, start)
+        number, seen = start.number, below.tell()
+        while span.end is None or offset < span.end:
+            line, size = _line(file)
+            if not size:
+                return
+            at_start = offset == 0
+            offset, number = offset + size, number + 1
+            size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
+            after = Position(number, offset)
+            if line is None:
+                value: object = Dropped("rejected", "line_too_long")
+            else:
+                line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
+                value = parse_line(line)
+            yield Row(value, line, number, size, after)
+
+
+def _open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO, int]:
+    """A buffered file positioned at the start of a line, and that position in bytes."""
+    if span.file.endswith((".gz", ".zst")):
+        opened: Any = gzip.GzipFile(fileobj=below) if span.file.endswith(".gz") else _Zstd(below)
+        file: Any = io.BufferedReader(opened, 1 << 20)
+        left = start.offset or 0
+        while left:  # a compressed file has no seek that costs less than reading
+            got = len(file.read(min(left, 1 << 20)))
+            if not got:
+                raise EOFError(f"it ends {left} bytes before the place an earlier run had reached")
+            left -= got
+        return file, start.offset or 0
+    file = below
+    if start.offset is not None or span.begin == 0:
+        file.seek(start.offset or 0)
+    else:  # the line that runs into this range belongs to the one before
+        file.seek(span.begin - 1)
+        _line(file)
+    return file, file.tell()
+
+
+def _line(file: BinaryIO) -> tuple[bytes | None, int]:
+    """The next line with its newline and its bytes; `None` for one longer than `LONGEST_LINE`, which is skipped."""
+    line = file.readline(LONGEST_LINE)
+    size = len(line)
+    if size < LONGEST_LINE or line.endswith(b"\n"):
+        return line, size
+    while True:
+        rest = file.readline(1 << 20)
+        size += len(rest)
+        if not rest or rest.endswith(b"\n"):
+            return None, size
+
+
+class _Zstd(io.RawIOBase):
+    """Decompresses a .zst of one or more frames; unlike the library's reader it notices a cut-off end."""
+
+    def __init__(self, below: BinaryIO) -> None:
+        import zstandard
+
+        self._below, self._new_frame = below, zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._compressed, self._plain = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._plain:
+            # small bites: a kilobyte of zstd can hold megabytes of text
+            self._compressed = self._compressed or self._below.read(4096)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed data is cut off")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._plain = memoryview(self._frame.decompress(self._compressed))
+            except zstandard.ZstdError as error:
+                raise ValueError(f"not valid zstd data ({error})") from None
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._plain))
+        buffer[:size] = self._plain[:size]
+        self._plain = self._plain[size:]
+        return size
+
+
+def reject_line(file: str, key: str, number: int, reason: str, raw: object) -> bytes:
+    """One line of a reject file; bytes that are not UTF-8 stand as `\\udcXX` escapes (Python's surrogateescape)."""
+    if raw is not None and not isinstance(raw, bytes):
+        raw = json.dumps(raw, default=_text, ensure_ascii=False)
+    text = raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else raw
+    return json.dumps({"file": file, key: number, "reason": reason, "raw": text}).encode() + b"\n"
+
+
+def _text(value: object) -> str:
+    """A column value JSON has no word for."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,194 @@
+"""Typed settings of `shards.yaml`, and which of them decide the bytes of the output."""
+
+import hashlib
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from omegaconf import MISSING
+
+from chimera.cli import UserError
+
+FORMATS = ("text", "chatml")
+PACKINGS = ("concat", "best_fit", "none")
+ENGINES = ("local", "ray")
+FILE_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+# Settings that say how a build runs, not what it writes: they may change between runs of one build.
+_RUNNING = ("output", "workers", "engine", "ray_address", "work", "stall_after", "retries", "rebuild")
+
+
+@dataclass
+class TokenizerSettings:
+    path: str = MISSING  # a folder with a tokenizer.json, or that file
+    eos_token: str = "<|endoftext|>"
+    pad_token: str = "<|padding|>"
+
+
+@dataclass
+class SourceSettings:
+    """A hub set (`hub`, `subset`, `split`, `revision`) or local files (`files`: paths and globs)."""
+
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    column: str = "text"
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StreamSettings:
+    format: str = "text"
+    packing: str = "concat"
+    min_chars: int | None = 50  # text only
+    min_tokens: int = 10  # without the closing EOS
+    max_tokens: int | None = None  # of the train split, without padding: the document that reaches it is the last
+    sources: list[SourceSettings] = field(default_factory=list)
+
+
+@dataclass
+class BuildSettings:
+    output: str = MISSING
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    block_len: int = 1024
+    compression: str | None = "zstd:3"
+    hash: str = "xxh3_64"
+    shard_bytes: int = 32 << 20  # of a shard before compression
+    part_bytes: int = 64 << 20  # of source text a part of local files aims at
+    workers: Any = "auto"  # processes (local) or tasks at a time (ray); auto: the cores available
+    engine: str = "local"
+    ray_address: str | None = None  # None: a cluster already running here, else one started for the build
+    eval_fraction: float = 0.005
+    stall_after: float = 120.0  # seconds without a row before a source is named as stalled
+    retries: int = 6  # attempts in a row at a hub or an object store, with back-off from 1 s doubling to 60 s
+    work: str | None = None  # of unfinished work; None: OUTPUT/.work, or ~/.cache/chimera for a remote output
+    rebuild: bool = False  # replace an output that was built with other settings
+    streams: dict[str, StreamSettings] = field(default_factory=dict)
+
+    @property
+    def remote(self) -> bool:
+        return is_remote(self.output)
+
+    @property
+    def work_folder(self) -> Path:
+        """Where unfinished work lies between runs; the same for every run of one output."""
+        if self.work is not None:
+            return Path(self.work).absolute()
+        if not self.remote:
+            return Path(self.output).absolute() / ".work"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "chimera" / f"build-{hashlib.sha256(self.output.encode()).hexdigest()[:16]}"
+
+    @property
+    def worker_count(self) -> int:
+        return len(os.sched_getaffinity(0)) if self.workers == "auto" else int(self.workers)
+
+
+def is_remote(output: str) -> bool:
+    """Whether `output` is a URL of an object store rather than a folder."""
+    return bool(urlsplit(output).scheme)
+
+
+def identity(settings: BuildSettings) -> dict[str, Any]:
+    """The settings that decide the output, as JSON values; two builds with equal identities write equal bytes.
+
+    The tokenizer stands in the manifest by its digest, so its path is left out.
+    """
+    shaping = {key: value for key, value in asdict(settings).items() if key not in _RUNNING}
+    del shaping["tokenizer"]["path"]
+    return shaping
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as `key: old -> new` lines."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys(), key=str)
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}.{i}")]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def settings_from(values: dict[str, Any]) -> BuildSettings:
+    """The inverse of `asdict`, for a worker that reads the build's plan."""
+    values = dict(values)
+    values["tokenizer"] = TokenizerSettings(**values["tokenizer"])
+    values["streams"] = {
+        name: StreamSettings(**{**stream, "sources": [SourceSettings(**s) for s in stream["sources"]]})
+        for name, stream in values["streams"].items()
+    }
+    return BuildSettings(**values)
+
+
+def check(settings: BuildSettings) -> None:
+    """Refuse, with the key and the remedy, what the types let through."""
+    _check_build(settings)
+    for name, stream in settings.streams.items():
+        if not _NAME.fullmatch(name):
+            raise UserError(f"streams.{name}: a stream's name may hold letters, digits, `_` and `-` only")
+        _check_stream(f"streams.{name}", stream)
+
+
+def _check_build(settings: BuildSettings) -> None:
+    for key, value in (("output", settings.output), ("tokenizer.path", settings.tokenizer.path)):
+        if value in (MISSING, ""):
+            raise UserError(f"setting `{key}` is missing")
+    if not settings.streams:
+        raise UserError("`streams` is empty: name at least one stream and its sources")
+    _positive("block_len", settings.block_len)
+    if settings.block_len % 8:
+        raise UserError(f"block_len: {settings.block_len} must be a multiple of 8")
+    for key in ("shard_bytes", "part_bytes", "retries"):
+        _positive(key, getattr(settings, key))
+    if settings.shard_bytes >= 1 << 31:
+        raise UserError(f"shard_bytes: {settings.shard_bytes} must be below 2147483648 (MDS offsets are 32 bits)")
+    if settings.stall_after <= 0:
+        raise UserError(f"stall_after: {settings.stall_after} must be above 0 seconds")
+    if settings.engine not in ENGINES:
+        raise UserError(f"engine: `{settings.engine}` must be one of {', '.join(ENGINES)}")
+    if settings.workers != "auto":
+        _positive("workers", settings.workers)
+    if not 0 <= settings.eval_fraction < 1:
+        raise UserError(f"eval_fraction: {settings.eval_fraction} must be at least 0 and below 1")
+    if not re.fullmatch(r"zstd(:([1-9]|1[0-9]|2[0-2]))?", settings.compression or "zstd"):
+        raise UserError(f"compression: `{settings.compression}` must be null, zstd or zstd:1 to zstd:22")
+    from convert.encoding import tokenizer_file
+    from convert.shards import known_hashes
+
+    if settings.hash not in known_hashes():
+        raise UserError(f"hash: `{settings.hash}` must be one of {', '.join(known_hashes())}")
+    if not tokenizer_file(settings.tokenizer.path).is_file():
+        raise UserError(
+            f"tokenizer.path: no tokenizer.json at {settings.tokenizer.path}: give a folder that holds one, or make "
+            "one with `python convert/train_tokenizer.py`"
+        )
+
+
+def _check_stream(where: str, stream: StreamSettings) -> None:
+    if stream.format not in FORMATS:
+        raise UserError(f"{where}.format: `{stream.format}` must be one of {', '.join(FORMATS)}")
+    if stream.packing not in PACKINGS:
+        raise UserError(f"{where}.packing: `{stream.packing}` must be one of {', '.join(PACKINGS)}")
+    if stream.max_tokens is not None:
+        _positive(f"{where}.max_tokens", stream.max_tokens)
+    for key in ("min_chars", "min_tokens"):
+        if (getattr(stream, key) or 0) < 0:
+            raise UserError(f"{where}.{key}: {getattr(stream, key)} must not be negative")
+    if not stream.sources:
+        raise UserError(f"{where}.sources is empty: give at least one of {{hub: ...}} or {{files: [...]}}")
+    for index, source in enumerate(stream.sources):
+        if bool(source.hub) == bool(source.files):
+            raise UserError(f"{where}.sources.{index}: give either `hub` or `files`")
+        for pattern in source.files:
+            if not pattern.endswith(FILE_KINDS):
+                raise UserError(f"{where}.sources.{index}.files: `{pattern}` must end in {', '.join(FILE_KINDS)}")
+
+
+def _positive(key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{key}: {value!r} must be a whole number above 0")

@@ -1,0 +1,180 @@
+"""Where a stream's rows come from: the first of its sources that opens, cut into parts by the source alone.
+
+A part is one or more spans of files. How a source is cut depends on its files and `part_bytes` only, never on the
+number of workers, so any part can be done by anyone, in any order, again.
+"""
+
+import glob
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from chimera.cli import UserError, one_line, say
+from convert.reading import Position, Row, Span, conversation_columns, rows_of_file
+from convert.settings import BuildSettings, SourceSettings, StreamSettings
+
+Json = dict[str, Any]
+_PACKED = 4  # text is about this many times larger than its .gz or .zst
+
+
+class CannotOpen(Exception):
+    """A source that is not there for us; the next of the list is tried."""
+
+
+@dataclass(frozen=True)
+class Part:
+    spans: tuple[Span, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(span.bytes for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The source in use. `describe` goes to the manifest; `column` is the text column (`None`: conversations)."""
+
+    index: int
+    column: str | None
+    describe: Json
+    passed_over: list[Json]
+    parts: list[Part]
+
+
+def open_source(name: str, stream: StreamSettings, settings: BuildSettings) -> Opened:
+    """The first source of the stream that opens.
+
+    Raises `UserError` with every source's reason when none does, and for a source that is there but wrong (a column
+    it does not have).
+    """
+    passed_over: list[Json] = []
+    for index, source in enumerate(stream.sources):
+        try:
+            describe, parts = _open(name, stream, source, settings)
+        except CannotOpen as error:
+            reason = one_line(error)
+            passed_over.append({"source": source_name(source), "reason": reason})
+            say(f"{name}: source {source_name(source)} passed over: {reason}")
+            continue
+        say(f"{name}: source {source_name(source)}, {len(parts)} part{'s' if len(parts) != 1 else ''}")
+        return Opened(index, _column(stream, source), describe, passed_over, parts)
+    reasons = "; ".join(f"{p['source']}: {p['reason']}" for p in passed_over)
+    raise UserError(f"streams.{name}: no source opens: {reasons}")
+
+
+def _open(name: str, stream: StreamSettings, source: SourceSettings, build: BuildSettings) -> tuple[Json, list[Part]]:
+    if source.hub:
+        from convert.hub import open_hub
+
+        describe, spans = open_hub(f"streams.{name}", source, _column(stream, source), build.retries)
+        return describe, [Part((span,)) for span in spans]
+    files = _expand(source.files)
+    spans = [span for file in files for span in _cut(file, f"streams.{name}", stream, source, build.part_bytes)]
+    describe = {"files": [{"path": file, "bytes": os.path.getsize(file)} for file in files]}
+    return describe, _group(spans, build.part_bytes)
+
+
+def rows(span: Span, column: str | None, start: Position, retries: int) -> Iterator[Row]:
+    """Rows of any span from `start`."""
+    if span.kind == "hub":
+        from convert.hub import rows_of_hub
+
+        found: Iterator[Row] = rows_of_hub(span, column, start, retries)
+        return found
+    return rows_of_file(span, column, start)
+
+
+def source_name(source: SourceSettings) -> str:
+    """How a source is called in messages and the manifest."""
+    if not source.hub:
+        return ", ".join(source.files)
+    revision = f"@{source.revision}" if source.revision else ""
+    return f"{source.hub}{revision}" + (f" ({source.subset})" if source.subset else "")
+
+
+def _column(stream: StreamSettings, source: SourceSettings) -> str | None:
+    return source.column if stream.format == "text" else None
+
+
+def changed_files(describe: Json) -> list[str]:
+    """The local files of a source that no longer have the size they had; files that are gone are not among them."""
+    return [
+        file["path"]
+        for file in describe.get("files", [])
+        if os.path.exists(file["path"]) and os.path.getsize(file["path"]) != file["bytes"]
+    ]
+
+
+def _expand(patterns: list[str]) -> list[str]:
+    """The files of paths and globs in the order given, a glob's sorted, each file once."""
+    files: dict[str, None] = {}
+    for pattern in patterns:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [file for file in found if os.path.isfile(file)]
+        if not found:
+            raise CannotOpen(f"no file at {pattern}")
+        files.update(dict.fromkeys(found))
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise CannotOpen(f"no permission to read {file}")
+    return list(files)
+
+
+def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, part_bytes: int) -> list[Span]:
+    """The smallest pieces a file can be cut into."""
+    size = os.path.getsize(file)
+    if file.endswith(".parquet"):
+        return _row_groups(file, where, _column(stream, source))
+    if file.endswith((".gz", ".zst")) or size <= part_bytes:
+        return [Span("jsonl", file, 0, None, size)]
+    ranges = -(-size // part_bytes)
+    cuts = [size * i // ranges for i in range(ranges + 1)]
+    return [Span("jsonl", file, a, b, b - a) for a, b in itertools.pairwise(cuts)]
+
+
+def _row_groups(file: str, where: str, column: str | None) -> list[Span]:
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            meta, names = parquet.metadata, parquet.schema_arrow.names
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file} is no parquet file ({error}): mend or remove it") from None
+    wanted = check_columns(f"{where}: {file}", names, column)
+    spans = []
+    for group in range(meta.num_row_groups):
+        chunks = [meta.row_group(group).column(i) for i in range(meta.num_columns)]
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
+        spans.append(Span("parquet", file, group, group + 1, size))
+    return spans
+
+
+def check_columns(where: str, names: list[str], column: str | None) -> list[str]:
+    """The columns to read of those there are; `UserError` naming `where` when they do not suffice."""
+    if column is not None and column not in names:
+        raise UserError(f"{where} has no column `{column}`: set `column` to one of {', '.join(names)}")
+    wanted = [column] if column is not None else conversation_columns(names)
+    if not wanted:
+        raise UserError(f"{where} has neither `messages` nor `instruction` and `output`: it has {', '.join(names)}")
+    return wanted
+
+
+def _group(spans: list[Span], part_bytes: int) -> list[Part]:
+    """Neighbouring spans joined to parts of at most `part_bytes` of text (or one span that is larger)."""
+    parts: list[list[Span]] = []
+    filled = 0
+    for span in spans:
+        weight = span.bytes * (_PACKED if span.file.endswith((".gz", ".zst")) else 1)
+        if parts and filled + weight <= part_bytes:
+            last = parts[-1][-1]
+            if last.file == span.file and last.end == span.begin:
+                parts[-1][-1] = Span(span.kind, span.file, last.begin, span.end, last.bytes + span.bytes)
+            else:
+                parts[-1].append(span)
+            filled += weight
+        else:
+            parts.append([span])
+            filled = weight
+    return [Part(tuple(part)) for part in parts]
