@@ -88,7 +88,10 @@ class Encoder:
         try:
             raw = file.read_bytes()
         except OSError as error:
-            raise UserError(f"tokenizer.path: {file} is not readable: {error.strerror}") from None
+            raise UserError(
+                f"tokenizer.path: {file} cannot be read ({error.strerror}): give a folder that holds a tokenizer.json, "
+                "or make one with `python convert/train_tokenizer.py`"
+            ) from None
         return cls(raw, settings.eos_token, settings.pad_token, str(file), path)
 
     def verify_sample(self, texts: Sequence[str]) -> None:

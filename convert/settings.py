@@ -157,16 +157,10 @@ def _check_build(settings: BuildSettings) -> None:
         raise UserError(f"eval_fraction: {settings.eval_fraction} must be at least 0 and below 1")
     if not re.fullmatch(r"zstd(:([1-9]|1[0-9]|2[0-2]))?", settings.compression or "zstd"):
         raise UserError(f"compression: `{settings.compression}` must be null, zstd or zstd:1 to zstd:22")
-    from convert.encoding import tokenizer_file
     from convert.shards import known_hashes
 
     if settings.hash not in known_hashes():
         raise UserError(f"hash: `{settings.hash}` must be one of {', '.join(known_hashes())}")
-    if not tokenizer_file(settings.tokenizer.path).is_file():
-        raise UserError(
-            f"tokenizer.path: no tokenizer.json at {settings.tokenizer.path}: give a folder that holds one, or make "
-            "one with `python convert/train_tokenizer.py`"
-        )
 
 
 def _check_stream(where: str, stream: StreamSettings) -> None:

@@ -1,0 +1,143 @@
+"""Entry point: a byte-level BPE tokenizer with ChatML tokens, trained from the sources of a `shards.yaml`.
+
+Writes `tokenizer.json` at the config's `tokenizer.path`, and beside it the `tokenizer_config.json` that
+`transformers` reads EOS, PAD and the chat template from. The same sources give the same tokenizer.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from chimera.cli import UserError, load_settings, parse, progress, run, say
+from convert.documents import IM_END, IM_START, Document, DocumentReader, Dropped
+from convert.settings import BuildSettings, StreamSettings, check
+
+if TYPE_CHECKING:
+    from convert.sources import Opened
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass
+class TrainingSettings(BuildSettings):
+    """The settings of a build and those of the tokenizer's training."""
+
+    vocab_size: int = 32_000
+    min_frequency: int = 2  # of a pair of tokens, to be merged
+    chars_per_stream: int = 100_000_000  # read from the head of each stream's source
+    overwrite: bool = False
+
+
+def train(settings: TrainingSettings) -> Any:
+    """The trained `tokenizers.Tokenizer`. Raises `UserError` when a source does not open or has no text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [settings.tokenizer.eos_token, settings.tokenizer.pad_token, IM_START, IM_END]
+    special = list(dict.fromkeys(special))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if settings.vocab_size < len(alphabet) + len(special):
+        least = len(alphabet) + len(special)
+        raise UserError(f"vocab_size: {settings.vocab_size} must be at least {least} (the bytes and special tokens)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        min_frequency=settings.min_frequency,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(settings), trainer)
+    return tokenizer
+
+
+def _texts(settings: TrainingSettings) -> Iterator[str]:
+    """The texts of every stream's documents, up to `chars_per_stream` of each."""
+    from convert.sources import open_source
+
+    for name, stream in settings.streams.items():
+        opened = open_source(name, stream, settings)
+        total, most = 0, min(settings.chars_per_stream, sum(part.bytes for part in opened.parts))
+        with progress(most, "char", name) as bar:
+            for document in _documents(stream, opened, settings.retries):
+                texts = [piece for piece in document.pieces if isinstance(piece, str)]
+                yield from texts
+                total += sum(map(len, texts))
+                bar.update(sum(map(len, texts)))
+                if total >= settings.chars_per_stream:
+                    break
+        if not total:
+            raise UserError(f"streams.{name}: its source holds no usable document to train a tokenizer from")
+
+
+def _documents(stream: StreamSettings, opened: "Opened", retries: int) -> Iterator[Document]:
+    from convert.reading import Position
+    from convert.sources import rows
+
+    reader = DocumentReader(stream, {IM_START: 0, IM_END: 0}, opened.column or "")
+    for span in (span for part in opened.parts for span in part.spans):
+        for row in rows(span, opened.column, Position(), retries):
+            found = None if row.value is None or isinstance(row.value, Dropped) else reader.read(row.value)
+            if isinstance(found, Document):
+                yield found
+
+
+def write(tokenizer: Any, settings: BuildSettings) -> Path:
+    """Save the tokenizer where the config looks for it; returns the `tokenizer.json`."""
+    file = target(settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(file))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": settings.tokenizer.eos_token,
+        "pad_token": settings.tokenizer.pad_token,
+        "additional_special_tokens": [IM_START, IM_END],
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (file.parent / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return file
+
+
+def target(settings: BuildSettings) -> Path:
+    """The `tokenizer.json` a config means, whether it is there yet or not."""
+    path = Path(settings.tokenizer.path)
+    return path if path.suffix == ".json" else path / "tokenizer.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train_tokenizer.py",
+        description="Train a byte-level BPE tokenizer from the sources of a shards config.",
+        epilog="settings of its own: vocab_size=32000 min_frequency=2 chars_per_stream=100000000 overwrite=false",
+    )
+    _, path, overrides = parse(parser, argv, "yamls/shards.yaml")
+    settings = load_settings(TrainingSettings, path, overrides)
+    check(settings)
+    if target(settings).exists() and not settings.overwrite:
+        raise UserError(f"{target(settings)} exists: add overwrite=true to replace it (shards made with it go stale)")
+    tokenizer = train(settings)
+    file = write(tokenizer, settings)
+    say(f"{file}: {tokenizer.get_vocab_size()} tokens")
+    return 0
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()
