@@ -131,6 +131,7 @@ class Checkpoints(CheckpointSaver):
         self.interval = interval
         self.stop_signal: int | None = None
         self.stopping = False
+        self.handlers: dict[int, Any] = {}
         remote = re.fullmatch(r"[a-z0-9]+://[^/]+/?(.*)", folder)
         prefix = f"{remote[1].rstrip('/')}/" if remote and remote[1] else ""
         super().__init__(
@@ -156,7 +157,12 @@ class Checkpoints(CheckpointSaver):
             older = [(s, p) for s, p in find_checkpoints(Path(self.folder)) if s <= step]
             self.saved_checkpoints = [str(path) for _, path in reversed(older)]
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
+            self.handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def close(self, state: State, logger: Logger) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _ask_to_stop(self, number: int, _frame: Any) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:

@@ -10,7 +10,10 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from chimera.cli import say
+from train.cache import ShardCache
 from train.collate import Marks, StepInfo, view_sequences
+from train.index import read_index
+from train.reader import BlockReader
 from train.schedule import Plan
 from train.settings import GenerateSettings, TrainSettings
 from train.shards import Shards
@@ -68,10 +71,14 @@ def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks
     lengths = settings.eval.seq_lens or sorted({segment.seq_len for segment in plan.segments})
     found = []
     for stream in plan.streams:
-        tokens, assistant = shards.read_split(stream, "eval", settings.eval.blocks)
-        if not len(tokens):
-            say(f"stream {stream} has no eval split: not evaluated")
+        count = min(settings.eval.blocks, shards.streams[stream]["eval"]["blocks"])
+        if not count:
+            if dist.get_global_rank() == 0:
+                say(f"stream {stream} has no eval split: not evaluated")
             continue
+        index = read_index(shards.root, stream, settings.cache, "eval", shards.manifest)
+        reader = BlockReader({stream: index}, ShardCache(shards.root, settings.cache), shards.block_len)
+        tokens, assistant = reader.read(np.zeros(count, np.int64), np.arange(count))
         for seq_len in lengths:
             blocks = EvalBlocks(tokens, assistant, seq_len, min(4, len(tokens)), marks)
             loader = DataLoader(blocks, batch_size=None)

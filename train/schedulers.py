@@ -20,7 +20,11 @@ def learning_rate(settings: SchedulerSettings, steps: int) -> Callable[[Any, flo
             f"setting `scheduler`: warmup_steps {settings.warmup_steps} and decay_steps {settings.decay_steps} "
             f"do not fit into {steps} steps"
         )
-    return lambda state, _scale=1.0: multiplier(settings, steps, state.timestamp.batch.value)
+
+    def schedule(state: Any, _scale: float = 1.0) -> float:
+        return multiplier(settings, steps, state.timestamp.batch.value)
+
+    return schedule
 
 
 def multiplier(settings: SchedulerSettings, steps: int, step: int) -> float:
