@@ -1,0 +1,157 @@
+"""Rows to documents: what is kept, how a conversation is rendered, and why a row is dropped."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chimera.cli import UserError
+from convert.documents import Document, DocumentReader, Dropped, parse_line
+from convert.settings import StreamSettings
+from tests.convert.small_tokenizer import END, START, encoder
+
+S, E = 2, 3
+CHAT = DocumentReader(StreamSettings(format="chatml"), {START: S, END: E})
+TEXT = DocumentReader(StreamSettings(format="text", min_chars=5), {})
+
+
+def rejected(reason: str) -> Dropped:
+    return Dropped("rejected", reason)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b'{"text": "a"}', {"text": "a"}),
+        (b'{"text": "a"}\r', {"text": "a"}),
+        (b"", None),
+        (b" \t\r", None),
+        (b'{"text": ', rejected("unparseable")),
+        (b"[" * 100_000, rejected("unparseable")),
+        (b'{"n": ' + b"9" * 5000 + b"}", rejected("unparseable")),
+        (b'["a"]', rejected("not_an_object")),
+        (b'"text"', rejected("not_an_object")),
+        (b"null", rejected("not_an_object")),
+        (b'{"text": "\xff"}', rejected("invalid_utf8")),
+        (b'{"text": "\xed\xa0\x80"}', rejected("invalid_utf8")),  # a surrogate in UTF-8
+    ],
+)
+def test_a_line_is_an_object_blank_or_rejected(raw: bytes, expected: object) -> None:
+    assert parse_line(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "12345"}, Document(("12345",))),
+        ({"text": "1234"}, Dropped("filtered", "too_short")),
+        ({"text": "perché".encode()}, Document(("perché",))),
+        ({"text": b"caf\xe9 au lait"}, rejected("invalid_utf8")),
+        ({"text": None}, rejected("missing_field")),
+        ({"other": "12345"}, rejected("missing_field")),
+        ({"text": 12345}, rejected("wrong_type")),
+        ({"text": ["12345"]}, rejected("wrong_type")),
+        ({"text": "123\0 45"}, rejected("nul")),
+        ({"text": "12345 \ud83d"}, rejected("lone_surrogate")),
+        ("12345", rejected("not_an_object")),
+    ],
+)
+def test_text_rows(row: object, expected: object) -> None:
+    assert TEXT.read(row) == expected
+
+
+def test_the_text_column_is_the_sources() -> None:
+    reader = DocumentReader(StreamSettings(min_chars=None), {}, column="body")
+    assert reader.read({"body": "x", "text": "y"}) == Document(("x",))
+
+
+def test_an_instruction_pair_becomes_one_exchange() -> None:
+    found = CHAT.read({"instruction": "Somma", "input": "1+1", "output": "2"})
+    assert found == Document(
+        pieces=(S, "user\n", "Somma\n1+1", E, "\n", S, "assistant\n", "2", E),
+        assistant=(False, False, False, False, False, False, False, True, True),
+    )
+
+
+@pytest.mark.parametrize("given_input", [{}, {"input": None}, {"input": ""}, {"input": "  "}])
+def test_an_input_that_says_nothing_is_left_out(given_input: dict[str, object]) -> None:
+    found = CHAT.read({"instruction": "Ciao", "output": "Ciao!", **given_input})
+    assert isinstance(found, Document)
+    assert found.pieces[2] == "Ciao"
+
+
+def test_messages_keep_their_roles_and_order() -> None:
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    found = CHAT.read({"messages": [{"role": role, "content": f"c{i}"} for i, role in enumerate(roles)]})
+    assert isinstance(found, Document)
+    assert found.content == "\n".join(f"{role}\nc{i}" for i, role in enumerate(roles))
+    said = [piece for piece, flag in zip(found.pieces, found.assistant, strict=True) if flag]
+    assert said == ["c2", E, "c4", E]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "a"}, rejected("missing_field")),
+        ({"output": "a"}, rejected("missing_field")),
+        ({"instruction": "a", "output": 42}, rejected("wrong_type")),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, rejected("wrong_type")),
+        ({"instruction": "a", "output": "\udc00"}, rejected("lone_surrogate")),
+        ({"instruction": "a\0", "output": "b"}, rejected("nul")),
+        ({"instruction": "a", "output": " "}, Dropped("filtered", "empty_message")),
+        ({"instruction": " ", "output": "b"}, Dropped("filtered", "empty_message")),
+        ({"messages": "hello"}, rejected("wrong_type")),
+        ({"messages": ["hello"]}, rejected("wrong_type")),
+        ({"messages": [{"role": "user"}]}, rejected("missing_field")),
+        ({"messages": [{"role": "tool", "content": "x"}]}, rejected("unknown_role")),
+        ({"messages": []}, Dropped("filtered", "no_answer")),
+        ({"messages": [{"role": "user", "content": "x"}]}, Dropped("filtered", "no_answer")),
+    ],
+)
+def test_conversations_that_are_dropped(row: object, expected: Dropped) -> None:
+    assert CHAT.read(row) == expected
+
+
+def test_a_chat_stream_needs_the_chat_tokens() -> None:
+    with pytest.raises(UserError, match=r"<\|im_end\|>.*chatml"):
+        DocumentReader(StreamSettings(format="chatml"), {START: S})
+
+
+def test_a_prompt_gets_the_ids_it_was_trained_with() -> None:
+    """What a chat prompt encodes to is the beginning of what the same conversation was stored as."""
+    enc = encoder()
+    reader = DocumentReader(StreamSettings(format="chatml"), enc.special_ids)
+    row = {"instruction": "perche dare?", "output": " 12 ciao"}
+    document = reader.read(row)
+    assert isinstance(document, Document)
+    ((stored, mask),) = enc.encode([document])
+    assert mask is not None
+    prompt = Document((enc.special_ids[START], "user\n", "perche dare?", enc.special_ids[END], "\n"))
+    prompt = Document((*prompt.pieces, enc.special_ids[START], "assistant\n"))
+    ((ids, _),) = enc.encode([prompt])
+    assert stored[: len(ids) - 1].tolist() == ids[:-1].tolist()
+    assert mask.tolist() == [False] * (len(ids) - 1) + [True] * (len(stored) - len(ids)) + [False]
+    assert enc.decode(stored[mask].tolist()) == f" 12 ciao{END}"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from(["messages", "instruction", "input", "output", "text", "role", "content"])
+
+
+@given(st.dictionaries(keys, json_values | st.lists(st.dictionaries(keys, json_values, max_size=3), max_size=3)))
+def test_any_object_is_a_document_or_dropped_with_a_reason(row: dict[str, object]) -> None:
+    parsed = parse_line(json.dumps(row).encode())
+    assert parsed == row
+    for reader in (TEXT, CHAT):
+        found = reader.read(row)
+        if isinstance(found, Document):
+            found.content.encode("utf-8")
+            assert "\0" not in found.content
+            assert len(found.assistant) in (0, len(found.pieces))
+        else:
+            assert found.reason.replace("_", "").isalpha()
