@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from train.schedule import Plan
 
+ORDER_VERSION = 1  # goes up when anything here changes the order; stored in checkpoints
 WINDOW_BLOCKS = 65_536
 WINDOW_PIECES = 64
 
@@ -97,7 +98,7 @@ class StreamOrder:
         key = (lane, pass_, index)
         if key not in self._windows:
             self._windows[key] = self._build_window(lane, pass_, index)
-            if len(self._windows) > 2 * self.lanes + 1:
+            if len(self._windows) > 3 * self.lanes + 1:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(key)
         return self._windows[key]
@@ -117,7 +118,7 @@ class StreamOrder:
         """A lane's pieces and windows in one pass; the last few are kept."""
         if (lane, pass_) not in self._passes:
             self._passes[lane, pass_] = self._build_pass(lane, pass_)
-            if len(self._passes) > 2 * self.lanes + 1:
+            if len(self._passes) > 3 * self.lanes + 1:
                 self._passes.popitem(last=False)
         self._passes.move_to_end((lane, pass_))
         return self._passes[lane, pass_]

@@ -167,7 +167,7 @@ class Plan:
             raise ScheduleError(f"{sequences} sequences do not end at a step of the plan")
         return step
 
-    def _lane_counts(self, step: int) -> list[int]:
+    def lane_counts(self, step: int) -> list[int]:
         """[stream]: blocks a lane has drawn before `step`."""
         phase = self.segment(min(step, self.steps - 1)).phase
         drawn = (self.block_of(step) - self.first_blocks[phase]) // self.lanes
@@ -176,7 +176,7 @@ class Plan:
 
     def blocks_before(self, step: int) -> dict[str, int]:
         """Blocks of each stream consumed before `step` (0 ≤ step ≤ steps), over all lanes."""
-        return {name: n * self.lanes for name, n in zip(self.streams, self._lane_counts(step), strict=True)}
+        return {name: n * self.lanes for name, n in zip(self.streams, self.lane_counts(step), strict=True)}
 
     def targets(self, step: int) -> dict[str, Fraction]:
         """Blocks of each stream that exact proportions would have consumed before `step`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chimera.cli import UserError, one_line
+from train.remote import download
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,17 @@ def fetch(root: str, name: str, cache: str, digest: str | None = None) -> Path |
     if "://" not in root:
         path = Path(root, name)
         return path if path.is_file() else None
-    from streaming.base.storage.download import CloudDownloader
-
     key = hashlib.sha256(root.encode()).hexdigest()[:16]
     path = Path(cache, key, name)
     if digest is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        CloudDownloader.get(root).download(f"{root.rstrip('/')}/{name}", str(temporary), timeout=60)
+        download(f"{root.rstrip('/')}/{name}", temporary)
     except FileNotFoundError:
         return None
-    except Exception as error:  # every backend has its own; what they say is all there is
-        raise UserError(f"{root} cannot be read: {type(error).__name__}: {one_line(error)[:300]}") from None
+    except OSError as error:
+        raise UserError(f"{root} cannot be read: {error}") from None
     temporary.replace(path)
     return path

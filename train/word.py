@@ -15,7 +15,7 @@ from math import lcm
 import numpy as np
 import numpy.typing as npt
 
-MAX_WORD = 1_000_000  # blocks; a longer period is refused (4 s and 12 MB to build at this length)
+MAX_WORD = 1_000_000  # blocks; a longer period is refused (1 s and 20 MB to build at this length)
 
 
 class Word:

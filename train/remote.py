@@ -1,0 +1,43 @@
+"""Files from wherever streaming can read: s3://, gs://, azure://, oci://, …, and file:// for a mounted folder."""
+
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+
+from chimera.cli import one_line
+
+ATTEMPTS = 3
+TIMEOUT = 60.0  # seconds without an answer
+MISSING = ("404", "nosuchkey", "not found", "notfound")
+
+_clients = threading.local()  # one downloader a thread and scheme: their clients are slow to make, and not shared
+
+
+def download(url: str, to: Path) -> None:
+    """Make `to` hold what is at `url`; raises `FileNotFoundError` if nothing is, `OSError` if it cannot be read.
+
+    A failure is tried again twice. The message never holds more than the backend's own words.
+    """
+    to.unlink(missing_ok=True)
+    scheme, _, rest = url.partition("://")
+    if scheme == "file":
+        shutil.copyfile(rest, to)
+        return
+    from streaming.base.storage.download import CloudDownloader
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            if not hasattr(_clients, scheme):
+                setattr(_clients, scheme, CloudDownloader.get(url))
+            getattr(_clients, scheme).download(url, str(to), TIMEOUT)
+            return
+        except Exception as error:  # every backend has its own kinds
+            what = f"{type(error).__name__}: {one_line(error)[:300]}"
+            if isinstance(error, FileNotFoundError) or any(word in what.lower() for word in MISSING):
+                raise FileNotFoundError(what) from None
+            if attempt == ATTEMPTS or isinstance(error, ImportError | ValueError):
+                raise OSError(what) from None
+            with contextlib.suppress(AttributeError):
+                delattr(_clients, scheme)
+            threading.Event().wait(2.0 ** (attempt - 1))

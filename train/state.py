@@ -1,0 +1,126 @@
+"""What a checkpoint says of the data, and whether a config may go on from it.
+
+History is immutable, the future is editable: everything that decided the steps so far must be as it was; phases,
+stages and streams that only later steps use may change.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from chimera.cli import UserError
+from train.ordering import ORDER_VERSION
+from train.schedule import Plan
+
+VERSION = 1
+
+FIELDS = {
+    "phase_start": "the first step of its phase",
+    "seq_len": "`curriculum`: the sequence length",
+    "sequences_per_step": "`global_train_batch_size`: sequences a step",
+    "proportions": "`phases`: the proportions",
+}
+
+
+class StateMismatch(UserError):
+    """A checkpoint whose history is not the config's; the message names what differs, both values, the remedy."""
+
+
+def make_state(plan: Plan, seed: int, fingerprints: Mapping[str, str], step: int) -> dict[str, Any]:
+    """The state before `step`: plain numbers, strings, lists and dicts. `fingerprints` by stream."""
+    return {
+        "version": VERSION,
+        "step": step,
+        "block_cursor": plan.block_of(step),
+        "consumed": plan.blocks_before(step),
+        "fingerprints": dict(fingerprints),
+        "settings": {
+            "order": ORDER_VERSION,
+            "seed": seed,
+            "block_len": plan.block_len,
+            "lanes": plan.lanes,
+            "history": history(plan, step),
+        },
+    }
+
+
+def history(plan: Plan, step: int) -> list[dict[str, Any]]:
+    """What decided steps [0, step), in runs of steps: all of a plan that shapes their order."""
+    runs = []
+    for segment in plan.segments:
+        if segment.first_step < step:
+            proportions = plan.phases[segment.phase].proportions
+            runs.append(
+                {
+                    "first_step": segment.first_step,
+                    "end_step": min(step, segment.end_step),
+                    "phase_start": plan.phase_start(segment.phase),
+                    "proportions": {name: str(share) for name, share in sorted(proportions.items()) if share},
+                    "seq_len": segment.seq_len,
+                    "sequences_per_step": segment.sequences_per_step,
+                }
+            )
+    return runs
+
+
+def resume_step(state: Any, plan: Plan, seed: int, fingerprints: Mapping[str, str]) -> int:
+    """The step to go on at; raises `StateMismatch` unless `plan` has the history that `state` was saved with."""
+    if not isinstance(state, dict) or "block_cursor" not in state:
+        raise StateMismatch(
+            "the checkpoint holds no state of this data (another dataset's?): start a new run, or load weights only"
+        )
+    if state["version"] != VERSION:
+        raise StateMismatch(
+            f"the checkpoint's data state is of version {state['version']}, this program reads {VERSION}: resume with "
+            "the version of chimera that saved it"
+        )
+    step = int(state["step"])
+    at = f"the checkpoint (step {step})"
+    if step > plan.steps:
+        raise StateMismatch(f"{at} is past the config's {plan.steps} steps: lengthen `phases`, or start a new run")
+    now = make_state(plan, seed, fingerprints, step)
+    settings, old = now["settings"], state["settings"]
+    for key, label in {
+        "order": "the program's order of blocks",
+        "seed": "setting `seed`",
+        "block_len": "the shards' block_len",
+        "lanes": "setting `num_canonical_nodes`",
+    }.items():
+        if settings[key] != old[key]:
+            raise StateMismatch(
+                f"{label} is {settings[key]}, {at} was trained with {old[key]}: set it back, or start a new run"
+            )
+    _compare_history(old["history"], settings["history"], at)
+    for name, blocks in state["consumed"].items():
+        if not blocks:
+            continue
+        if fingerprints.get(name) != state["fingerprints"][name]:
+            raise StateMismatch(
+                f"stream {name}: its shards' index is {str(fingerprints.get(name))[:12]}, {at} has trained on "
+                f"{blocks} blocks of {state['fingerprints'][name][:12]}: bring those shards back, or start a new run"
+            )
+    for key in ("block_cursor", "consumed"):
+        mine = {n: b for n, b in now[key].items() if b} if key == "consumed" else now[key]
+        theirs = {n: b for n, b in state[key].items() if b} if key == "consumed" else state[key]
+        if mine != theirs:
+            raise StateMismatch(f"{key} is {theirs} in {at}, the config makes it {mine}: start a new run")
+    return step
+
+
+def _compare_history(old: list[dict[str, Any]], new: list[dict[str, Any]], at: str) -> None:
+    """Refuse at the first run of steps that differs."""
+    for was, now in zip(old, new, strict=False):
+        for key, label in FIELDS.items():
+            if was[key] != now[key]:
+                raise StateMismatch(
+                    f"{label} at step {now['first_step']} is {_show(now[key])}, {at} was trained with "
+                    f"{_show(was[key])}: steps already trained cannot change; set it back, or start a new run"
+                )
+        if was["end_step"] != now["end_step"]:
+            raise StateMismatch(
+                f"the config changes mixture or length at step {now['end_step']}, {at} was trained with a change at "
+                f"step {was['end_step']}: set `phases` and `curriculum` back, or start a new run"
+            )
+
+
+def _show(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
