@@ -96,7 +96,8 @@ class Dispatcher:
                 if not self._heard:
                     break
                 for event in engine.wait(min(1.0, self._stall_after / 4)):
-                    self._handle(event)
+                    if event.task in self._heard:
+                        self._handle(engine, event)
                 self._name_stalled()
         finally:
             for bar in self._bars.values():
@@ -112,7 +113,7 @@ class Dispatcher:
                 engine.start(task)
                 self._heard[task] = time.monotonic()
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, engine: Engine, event: Event) -> None:
         task, run = event.task, self.runs[event.task.stream]
         if event.kind == "progress":
             self._heard[task] = time.monotonic()
@@ -124,6 +125,10 @@ class Dispatcher:
         if event.kind == "done":
             run.done(task.part)
             self._bars[task.stream].ended(task.part)
+            if run.finished is not None:  # `max_tokens` is reached: parts that ran ahead are not needed
+                for ahead in [t for t in self._heard if t.stream == task.stream]:
+                    engine.cancel(ahead)
+                    del self._heard[ahead]
             return
         run.lost(task.part)
         losses = self._losses[task.stream, task.part] = self._losses.get((task.stream, task.part), 0) + 1

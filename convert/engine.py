@@ -44,6 +44,10 @@ class Engine(Protocol):
         """What happened; waits at most `seconds` for something to happen."""
         ...
 
+    def cancel(self, task: Task) -> None:
+        """Stop a running task at once; no more is heard of it."""
+        ...
+
     def close(self) -> None:
         """Stop every task at once; the parts' commits make that safe."""
         ...
@@ -106,13 +110,23 @@ class LocalEngine:
             events.append(Event(kind, task, payload))
         return events
 
+    def cancel(self, task: Task) -> None:
+        for conn, (process, running) in list(self._busy.items()):
+            if running == task:
+                process.kill()
+                process.join()
+                del self._busy[conn]
+
     def close(self) -> None:
-        processes = [process for process, _ in [*self._idle, *self._busy.values()]]
-        for process in processes:
+        for _, conn in self._idle:
+            conn.send(None)  # a worker without work can end in good order
+        for task in [task for _, task in self._busy.values()]:
+            self.cancel(task)
+        for process, _ in self._idle:
+            process.join(2)
             process.kill()
-        for process in processes:
             process.join()
-        self._idle, self._busy = [], {}
+        self._idle = []
 
     def _spawn(self) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe()
@@ -152,8 +166,7 @@ def _work(conn: Any, work: Path) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     from convert.part import run_part
 
-    while True:
-        task: Task = conn.recv()
+    while task := conn.recv():
         try:
             run_part(work, task.stream, task.part, task.limit, lambda moved: conn.send(("progress", moved)))
             conn.send(("done", None))

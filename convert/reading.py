@@ -97,13 +97,13 @@ def _parquet_rows(span: Span, column: str | None, start: Position) -> Iterator[R
             )
             for batch in batches:
                 skip = min(max(0, start.number - passed), batch.num_rows)
-                for number, value in enumerate(_values(batch.slice(skip)), passed + skip):
+                for number, value in enumerate(columns_as_rows(batch.slice(skip)), passed + skip):
                     yield Row(value, value, first + number, share, Position(number + 1))
                 passed += batch.num_rows
 
 
-def _values(batch: Any) -> Iterator[object]:
-    """The rows of a batch as mappings; text stays bytes, so that one row of bad UTF-8 costs one row."""
+def columns_as_rows(batch: Any) -> Iterator[object]:
+    """The rows of an Arrow batch as mappings; text stays bytes, so that one row of bad UTF-8 costs one row."""
     import pyarrow as pa
 
     if batch.num_columns == 1 and pa.types.is_string(batch.schema.field(0).type):

@@ -1,0 +1,206 @@
+"""Rows of Hugging Face hub sets, streamed through `datasets` with nothing but the needed columns fetched.
+
+The revision is resolved to a commit once, so every part of the build and every rerun reads the same files. A part is
+one file of the set; inside it rows are counted, and after a failure reading starts again behind the last row given
+out. All waiting is done here, bounded and with what the server asks for (`Retry-After`); the libraries' own
+retries for reading, which can sleep for half an hour, are set to one.
+"""
+
+import functools
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from chimera.cli import UserError, one_line, say
+from convert.reading import Position, Row, Span, columns_as_rows
+from convert.settings import SourceSettings
+from convert.shards import Json
+from convert.sources import CannotOpen, check_columns
+
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
+OPENING = 4  # attempts at most before a source that never answered is passed over
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+_BATCH_ROWS = 256
+
+Result = TypeVar("Result")
+
+
+def open_hub(where: str, source: SourceSettings, column: str | None, retries: int) -> tuple[Json, list[Span]]:
+    """What the manifest says of a hub set, and one span for each file of its split.
+
+    Raises `CannotOpen` when the set is missing, gated for us or out of reach after `retries` attempts, and
+    `UserError` when it is there without the subset, split or column asked for.
+    """
+    assert source.hub is not None
+    name = source.hub
+    retries = min(retries, OPENING)
+    sha, sizes, module, files = _attempts(lambda: _resolve(where, source), name, retries)
+    spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0)) for file in files]
+    _attempts(lambda: _probe(where, name, spans[0], column), name, retries)
+    describe = {"hub": name, "subset": source.subset, "split": source.split, "revision": sha, "format": module}
+    return {**describe, "files": len(files)}, spans
+
+
+def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -> Iterator[Row]:
+    """Rows of one file of a set, from row `start.number` on. Raises `UserError` after `retries` failures in a row."""
+    number, failures = start.number, 0
+    while True:
+        try:
+            for value in _values(span.file, column, number):
+                number += 1
+                failures = 0
+                yield Row(value, value, number - 1, 0.0, Position(number))
+            return
+        except Exception as error:
+            failures += 1
+            if failures >= retries or not _passing(error):
+                raise UserError(
+                    f"{span.file} fails at row {number} after {failures} attempt{'s' if failures > 1 else ''}: "
+                    f"{_say(error)}: run the same command again later; it goes on where it stopped"
+                ) from None
+            _wait(span.file, error, failures, retries)
+
+
+def _values(file: str, column: str | None, skip: int) -> Iterator[object]:
+    """The rows of a file behind the first `skip`, as mappings."""
+    stream = _stream(file, column)
+    names = check_columns(file, list(stream.column_names), column) if stream.column_names else None
+    for table in stream.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+        if skip >= table.num_rows:
+            skip -= table.num_rows
+            continue
+        for batch in table.select(names or table.column_names).slice(skip).to_batches():
+            yield from columns_as_rows(batch)
+        skip = 0
+
+
+def _stream(file: str, column: str | None) -> Any:
+    module = _module(file)
+    options: Json = {}
+    if module == "parquet":
+        import pyarrow.dataset as ds
+
+        options["fragment_scan_options"] = ds.ParquetFragmentScanOptions(
+            use_buffered_stream=True, buffer_size=8 << 20, pre_buffer=False
+        )
+        options["batch_size"] = _BATCH_ROWS
+        if column:
+            options["columns"] = [column]
+    return _library().load_dataset(module, data_files=[file], split="train", streaming=True, **options)
+
+
+def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], str, list[str]]:
+    """(commit, size of each file, the format's module in `datasets`, the split's files)."""
+    from huggingface_hub import HfApi
+
+    assert source.hub is not None
+    sha = HfApi().dataset_info(source.hub, revision=source.revision).sha
+    try:
+        builder = _library().load_dataset_builder(source.hub, source.subset, revision=sha)
+    except ValueError as error:  # datasets' word for an unknown or missing subset; it lists those there are
+        raise UserError(f"{where}: {source.hub}: subset {source.subset!r}: {one_line(error)}") from None
+    found = builder.config.data_files or {}
+    if source.split not in found:
+        raise UserError(f"{where}: {source.hub} has no split `{source.split}`; it has {', '.join(found) or 'none'}")
+    files = [str(file) for file in found[source.split]]
+    paths = [_path_in_set(file) for file in files]
+    infos = [
+        i
+        for at in range(0, len(paths), 500)
+        for i in HfApi().get_paths_info(source.hub, paths[at : at + 500], revision=sha, repo_type="dataset")
+    ]
+    return str(sha), {i.path: getattr(i, "size", 0) for i in infos}, builder.name or "", files
+
+
+def _probe(where: str, name: str, span: Span, column: str | None) -> None:
+    """Read a row, so that gating or a missing column is found before the work begins."""
+    stream = _library().load_dataset(_module(span.file), data_files=[span.file], split="train", streaming=True)
+    names = list(stream.column_names or next(iter(stream), {}))
+    check_columns(f"{where}: {name}", names, column)
+
+
+def _module(file: str) -> str:
+    plain = re.sub(r"\.(gz|zst|xz|bz2)$", "", file)
+    module = _FORMATS.get(os.path.splitext(plain)[1])
+    if module is None:
+        raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(_FORMATS)})")
+    return module
+
+
+def _path_in_set(file: str) -> str:
+    """`path` of `hf://datasets/OWNER/NAME@COMMIT/path` (or NAME@COMMIT/path for a set without an owner)."""
+    return file.partition("@")[2].partition("/")[2]
+
+
+@functools.cache
+def _library() -> Any:
+    """The `datasets` library, without its import of torch (seconds a worker), leaving all waiting to this module."""
+    os.environ.setdefault("USE_TORCH", "0")
+    import datasets
+    from datasets import config
+    from datasets.utils import logging
+
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
+    logging.set_verbosity(logging.CRITICAL)  # its "retrying" lines would name waits that do not happen
+    return datasets
+
+
+# Failures
+
+
+def _attempts(act: Callable[[], Result], name: str, retries: int) -> Result:
+    """The result of `act`, tried up to `retries` times; `CannotOpen` when it does not come."""
+    for attempt in range(1, retries + 1):
+        try:
+            return act()
+        except (UserError, CannotOpen):
+            raise
+        except Exception as error:
+            if not _passing(error):
+                raise CannotOpen(_say(error)) from None
+            if attempt == retries:
+                raise CannotOpen(f"out of reach after {attempt} attempts: {_say(error)}") from None
+            _wait(name, error, attempt, retries)
+    raise AssertionError("unreachable")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _response(error: BaseException) -> Any:
+    """The server's answer behind an exception, or `None`."""
+    return next((r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None)
+
+
+def _passing(error: Exception) -> bool:
+    """Whether trying again may help: everything but a clear no."""
+    if isinstance(error, UserError):
+        return False
+    response = _response(error)
+    if response is not None and 400 <= response.status_code < 500:
+        return response.status_code in (408, 429)
+    missing = _library().exceptions
+    return not isinstance(error, (missing.DatasetNotFoundError, missing.DataFilesNotFoundError))
+
+
+def _wait(what: str, error: Exception, attempt: int, retries: int) -> None:
+    response = _response(error)
+    asked = (response.headers.get("Retry-After") or "") if response is not None else ""
+    seconds = float(asked) if asked.isdigit() else min(LONGEST_WAIT, 2.0 ** (attempt - 1))
+    say(f"{what}: {_say(error)}; attempt {attempt + 1} of {retries} in {seconds:g} s")
+    time.sleep(seconds)
+
+
+def _say(error: Exception) -> str:
+    """An error in one line, without the signed query of an address."""
+    response = _response(error)
+    if response is not None and response.status_code in (401, 403) and "gated" in str(error).lower():
+        return "it is gated: accept its terms on the hub and log in (`hf auth login`, or HF_TOKEN)"
+    return re.sub(r"\?[^\s'\")]*", "?…", one_line(error) or type(error).__name__)[:300]
