@@ -18,6 +18,8 @@ from train.schedule import Plan
 from train.settings import GenerateSettings, TrainSettings
 from train.shards import Shards
 
+BATCH_BLOCKS = 4  # a device takes at once
+
 
 class EvalBlocks(IterableDataset):
     """The first blocks of one stream's eval split, this rank's share, viewed at one sequence length.
@@ -80,7 +82,7 @@ def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks
         reader = BlockReader({stream: index}, ShardCache(shards.root, settings.cache), shards.block_len)
         tokens, assistant = reader.read(np.zeros(count, np.int64), np.arange(count))
         for seq_len in lengths:
-            blocks = EvalBlocks(tokens, assistant, seq_len, min(4, len(tokens)), marks)
+            blocks = EvalBlocks(tokens, assistant, seq_len, min(BATCH_BLOCKS, len(tokens)), marks)
             loader = DataLoader(blocks, batch_size=None)
             spec = DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch["input_ids"]))
             found.append(
@@ -89,6 +91,7 @@ def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks
                     dataloader=spec,
                     metric_names=["loss", "perplexity"],
                     eval_interval=f"{settings.eval.interval}ba",
+                    device_eval_microbatch_size=BATCH_BLOCKS * shards.block_len // seq_len,
                 )
             )
     return found
