@@ -1,0 +1,320 @@
+"""Ids are those of `tokenizers`, on either path, whatever the text holds; special tokens never come from text."""
+
+import glob
+import json
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chimera.cli import UserError
+from convert import encoding
+from convert.documents import Document
+from convert.encoding import Encoder
+from convert.fastpath import same_character_classes
+from convert.settings import TokenizerSettings
+from tests.convert.small_tokenizer import ADDED, END, EOS, PAD, REAL_DATA, START, changed, encoder, spec, with_added
+
+real = pytest.mark.skipif(not (REAL_DATA / "tokenizer").is_dir(), reason="the real data is not here")
+
+# What web text can do to a tokenizer: special tokens, added words and pieces of both, spaces of all kinds, elisions.
+AWKWARD = [
+    EOS,
+    PAD,
+    START,
+    END,
+    *ADDED,
+    "endare",
+    "cia",
+    "o",
+    "<|",
+    "|>",
+    "<|im_",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\xa0",
+]
+AWKWARD += [
+    "\u2003",
+    "\u200d",
+    "'s",
+    "'ll",
+    "'S",
+    "’s",
+    "1",
+    "²",
+    "Ⅷ",
+    "é",
+    "e\u0301",
+    "🏳️‍🌈",
+    "漢字",
+    "ß",
+    "\ufeff",
+    "\x7f",
+    "-",
+]
+texts = st.lists(st.sampled_from(AWKWARD) | st.text(max_size=6), max_size=12).map("".join)
+
+
+def reference(json_spec: dict[str, Any]) -> Any:
+    """`tokenizers` itself with the special tokens taken out, so that their text is only text."""
+    from tokenizers import Tokenizer
+
+    plain = [token for token in json_spec["added_tokens"] if not token["special"]]
+    return Tokenizer.from_str(json.dumps({**json_spec, "added_tokens": plain}))
+
+
+def ids_of(enc: Encoder, text: str) -> list[int]:
+    """The ids of one text without the EOS that must end them."""
+    ((ids, mask),) = enc.encode([Document((text,))])
+    assert mask is None
+    assert ids[-1] == enc.eos_id
+    return list(ids[:-1].tolist())
+
+
+@cache
+def real_tokenizer() -> tuple[Encoder, Any]:
+    raw = (REAL_DATA / "tokenizer" / "tokenizer.json").read_bytes()
+    return Encoder(raw, EOS, PAD, "real"), reference(json.loads(raw))
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_then_bytes(regex: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
+FAST = {
+    "byte level": with_added(*ADDED),
+    "split as in Llama 3": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(LLAMA3)},
+    "split that leaves gaps": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(r"\d|[aeiou ]{2,}")},
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_fast_path_gives_the_ids_of_tokenizers(name: str) -> None:
+    fast, slow, oracle = encoder(FAST[name]), encoder(FAST[name], path="tokenizers"), reference(FAST[name])
+    assert (fast.path, slow.path) == ("tiktoken", "tokenizers")
+    special = set(fast.special_ids.values())
+
+    @given(texts)
+    def check(text: str) -> None:
+        expected = oracle.encode(text, add_special_tokens=False).ids
+        assert ids_of(fast, text) == expected
+        assert ids_of(slow, text) == expected
+        assert not special.intersection(expected)
+        assert fast.decode(expected) == text
+
+    check()
+
+
+@real
+def test_the_real_tokenizer_gives_equal_ids_on_all_real_documents() -> None:
+    import pyarrow.parquet as pq
+
+    settings = TokenizerSettings(str(REAL_DATA / "tokenizer"))
+    fast, slow = Encoder.from_settings(settings), Encoder.from_settings(settings, path="tokenizers")
+    assert (fast.path, fast.vocab_size, fast.eos_id, fast.pad_id) == ("tiktoken", 32043, 0, 1)
+    documents = 0
+    for file in sorted(glob.glob(str(REAL_DATA / "*" / "*.parquet"))):
+        batch = [Document((text,)) for text in pq.read_table(file, columns=["text"])["text"].to_pylist()]
+        for (ours, _), (theirs, _) in zip(fast.encode(batch), slow.encode(batch), strict=True):
+            assert np.array_equal(ours, theirs)
+        documents += len(batch)
+    assert documents > 8000
+
+
+@real
+@given(st.lists(st.sampled_from(["ciao", "quindi", "quello", "perche", "dare"]) | texts, max_size=8).map("".join))
+def test_the_real_tokenizer_gives_equal_ids_on_awkward_text(text: str) -> None:
+    fast, oracle = real_tokenizer()
+    assert ids_of(fast, text) == oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_both_regex_engines_class_all_characters_alike() -> None:
+    assert same_character_classes()
+
+
+def model(**parts: Any) -> dict[str, Any]:
+    return changed(model={**json.loads(spec())["model"], **parts})
+
+
+def merges_with(*more: tuple[str, str]) -> dict[str, Any]:
+    """The model with merges appended, and their tokens at the end of the vocabulary."""
+    found = json.loads(spec())["model"]
+    for left, right in more:
+        found["vocab"].setdefault(left + right, len(found["vocab"]))
+        found["merges"].append([left, right])
+    return changed(model=found)
+
+
+def swapped_ids() -> dict[str, Any]:
+    """The model with the ids of the tokens of its first two merges exchanged."""
+    found = json.loads(spec())["model"]
+    a, b = ("".join(merge) for merge in found["merges"][:2])
+    found["vocab"][a], found["vocab"][b] = found["vocab"][b], found["vocab"][a]
+    return changed(model=found)
+
+
+SLOW = {
+    "normalizer": (changed(normalizer={"type": "NFC"}), "NFC"),
+    "prefix space": (
+        changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        "prefix space",
+    ),
+    "digits first": (
+        changed(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": True},
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                ],
+            }
+        ),
+        "pre-tokenizer",
+    ),
+    "token of two merges": (merges_with(("x", "y"), ("y", "q"), ("xy", "q"), ("x", "yq")), "more than one merge"),
+    "ids out of order": (swapped_ids(), "order of merges"),
+    # x+y comes before x+yq, so that merging x, y, q never makes xyq
+    "token out of reach": (merges_with(("x", "y"), ("y", "q"), ("x", "yq")), "does not yield"),
+    "one word begins another": (with_added("dare", "darei"), "start of"),
+    "flags": (with_added("dare", single_word=True), "single_word"),
+    "words inside a special token": (with_added("endoftext"), "overlaps"),
+    "words after a special token": (with_added("|>dopo"), "overlaps"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_not_proven_takes_the_slow_path(name: str) -> None:
+    json_spec, reason = SLOW[name]
+    enc = encoder(json_spec)
+    assert enc.path == "tokenizers"
+    assert reason in enc.reason
+
+    from tokenizers import Tokenizer
+
+    oracle = Tokenizer.from_str(json.dumps(json_spec))
+    oracle.encode_special_tokens = True
+
+    @given(texts | st.text("xyqz ", max_size=12))
+    def check(text: str) -> None:
+        assert ids_of(enc, text) == oracle.encode(text, add_special_tokens=False).ids
+
+    check()
+
+
+def test_a_sample_that_differs_leaves_the_fast_path() -> None:
+    enc, other = encoder(), encoder(with_added("sedie"))
+    enc.verify_sample(["Il gatto dorme.", "ciao"])
+    assert enc.path == "tiktoken"
+    assert "2 texts" in enc.reason
+    enc._fast, enc._found = other._fast, other._found  # an encoding that finds a word it should not
+    enc.verify_sample(["Il gatto dorme."])
+    assert enc.path == "tiktoken"
+    enc.verify_sample(["Il gatto dorme.", "con quattro sedie"])
+    assert enc.path == "tokenizers"
+    assert ids_of(enc, "con quattro") == ids_of(encoder(), "con quattro")
+
+
+def test_pieces_are_encoded_apart_and_special_tokens_come_by_id() -> None:
+    enc = encoder()
+    start, end = enc.special_ids[START], enc.special_ids[END]
+    document = Document((start, "dare", "dare", end, f"{START}x{EOS}"), (False, True, False, True, False))
+    ((ids, mask),) = enc.encode([document])
+    assert mask is not None
+    word = ids_of(enc, "dare")
+    tail = ids_of(enc, f"{START}x{EOS}")
+    assert ids.tolist() == [start, *word, *word, end, *tail, enc.eos_id]
+    assert mask.tolist() == [False, *[True] * len(word), *[False] * len(word), True, *[False] * len(tail), False]
+    assert not {start, end, enc.eos_id, enc.pad_id}.intersection(tail)
+
+
+@pytest.mark.parametrize("path", [None, "tokenizers"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "casa bianca, 12 sedie ciao " * 40,
+        "abcdefghij" * 100,  # no place to cut
+        " " * 1000 + "x",
+        "1 2 3 4 5 6 7 8 9 " * 50 + "una casa bianca " * 10,
+    ],
+)
+def test_long_texts_lose_nothing(text: str, path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    enc = encoder(path=path)
+    whole = ids_of(enc, text)
+    monkeypatch.setattr(encoding, "CHUNK", 100)
+    ids = ids_of(enc, text)
+    assert enc.decode(ids) == text
+    assert max(len(chunk) for chunk in encoding._chunks(text)) <= 100
+    if "casa bianca, 12" in text:
+        assert ids == whole
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 3_000_000 + "x", "a" * 1_000_000, "漢" * 500_000], ids=["spaces", "letters", "kanji"]
+)
+def test_runs_without_end_are_encoded(text: str) -> None:
+    enc = encoder()
+    ids = ids_of(enc, text)
+    assert enc.decode(ids) == text
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits() -> None:
+    vocab = json.loads(spec())["model"]["vocab"]
+    assert encoder().dtype == np.uint16
+    large = {**vocab, **{f"unused {i}": i for i in range(len(vocab), 70_000)}}
+    enc = encoder(model(vocab=large))
+    assert (enc.vocab_size, enc.dtype, enc.path) == (70_000, np.uint32, "tiktoken")
+    assert ids_of(enc, "Il gatto") == ids_of(encoder(changed()), "Il gatto")
+
+
+def test_end_and_padding_are_special_even_where_the_tokenizer_does_not_say_so() -> None:
+    tokens = [{**token, "special": False} for token in json.loads(spec())["added_tokens"]]
+    enc = encoder(changed(added_tokens=tokens))
+    assert set(enc.special_ids) == {EOS, PAD, START, END}
+    assert enc.eos_id not in ids_of(enc, f"before {EOS} after")
+
+
+def unigram() -> dict[str, Any]:
+    """A tokenizer whose model itself makes the EOS token of the text `</s>`."""
+    pieces = [["<unk>", 0.0], ["</s>", 0.0], ["<pad>", 0.0], *[[c, -2.0] for c in "abcs<>/ "]]
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{**token, "id": 1, "content": "</s>"}, {**token, "id": 2, "content": "<pad>"}],
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces},
+    }
+
+
+@pytest.mark.parametrize(
+    ("raw", "eos", "pad", "message"),
+    [
+        (b"{", EOS, PAD, "not readable as a tokenizer"),
+        (b'{"model": 3}', EOS, PAD, "not readable as a tokenizer"),
+        (spec().encode(), "</s>", PAD, r"eos_token '</s>' is not among .*im_end"),
+        (spec().encode(), EOS, "<pad>", "pad_token '<pad>' is not among"),
+        (spec().encode(), EOS, EOS, "must differ"),
+        (json.dumps(unigram()).encode(), "</s>", "<pad>", "plain text '</s>' as a special token"),
+    ],
+)
+def test_tokenizers_that_are_refused(raw: bytes, eos: str, pad: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Encoder(raw, eos, pad, "x.json")
+
+
+def test_a_missing_tokenizer_says_what_to_do(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match=r"tokenizer.path: .*train_tokenizer.py"):
+        Encoder.from_settings(TokenizerSettings(str(tmp_path)))
