@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,14 @@ class StreamIndex:
             f"stream {self.name} at {self.folder}: its column `tokens` is stored as `{encoding}`; readable are "
             "ndarray of uint16, uint32, int32 or int64, and bytes of int64"
         )
+
+
+def stream_names(root: str) -> set[str]:
+    """Streams at a local root; none at a remote one, which cannot be listed."""
+    folder = Path(root)
+    if "://" in root or not folder.is_dir():
+        return set()
+    return {path.name for path in folder.iterdir() if any(path.glob("**/index.json"))}
 
 
 def open_indexes(root: str, cache: str, streams: Iterable[str]) -> dict[str, StreamIndex]:

@@ -24,7 +24,7 @@ THREADS = 4  # that fetch ahead
 class MappedShard:
     """One shard's records: `tokens [blocks, bytes] uint8` and, if stored, `masks [blocks, block_len / 8] uint8`."""
 
-    def __init__(self, index: StreamIndex, number: int, data: Any, block_len: int) -> None:
+    def __init__(self, index: StreamIndex, number: int, data: Any, block_len: int | None) -> None:
         shard = index.shards[number]
         where = f"shard {index.folder}/{shard.raw.name}"
         head = np.frombuffer(data, np.uint32, 1)
@@ -47,10 +47,10 @@ class MappedShard:
             elif column.name == "assistant":
                 self.masks = values
             place += size
-        found = self.tokens.shape[1] / index.dtype.itemsize
-        if found != block_len:
-            raise ShardError(f"{where} holds blocks of {found:g} tokens, the plan's have {block_len}")
-        if self.masks is not None and self.masks.shape[1] * 8 != block_len:
+        self.block_len = self.tokens.shape[1] / index.dtype.itemsize
+        if block_len is not None and self.block_len != block_len:
+            raise ShardError(f"{where} holds blocks of {self.block_len:g} tokens, {block_len} are expected")
+        if self.masks is not None and self.masks.shape[1] * 8 != self.block_len:
             raise ShardError(f"{where}: its `assistant` masks are not one bit a token")
 
     def _shape_bytes(self, column: Column, values: Bytes, where: str) -> int:
@@ -66,6 +66,12 @@ class MappedShard:
     def _same(heads: Bytes, where: str) -> None:
         if (heads != heads[:1]).any():
             raise ShardError(f"{where}: its records differ in shape; blocks of one fixed length are needed")
+
+
+def stored_block_len(index: StreamIndex, cache: ShardCache) -> int:
+    """Tokens of a stream's blocks, from its first shard: for shards without a manifest."""
+    number = next(number for number, shard in enumerate(index.shards) if shard.blocks)
+    return int(MappedShard(index, number, cache.open(index, number), None).block_len)
 
 
 class BlockReader:
