@@ -61,7 +61,7 @@ def build(settings: Any) -> None:
             shutil.rmtree(work)
             return
         plan = planning.current_plan(settings, work, digest)
-        _, streams = load_plan(work)
+        streams = load_plan(work).streams
         engine = make_engine(settings, work)
         try:
             dispatcher = Dispatcher(streams, work, not settings.remote, settings.stall_after)

@@ -39,6 +39,13 @@ class StreamPlan:
 
 
 @dataclass(frozen=True)
+class PlannedBuild:
+    settings: BuildSettings
+    streams: dict[str, StreamPlan]
+    tokenizer_digest: str
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a part has moved since its last report."""
 
@@ -51,21 +58,26 @@ Report = Callable[[Progress], None]
 Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
 
 
+def load_plan(work: Path) -> "PlannedBuild":
+    """The build from `work/plan.json`, as every worker sees it."""
+    return _parse_plan((work / "plan.json").read_bytes())
+
+
 @lru_cache(maxsize=2)
-def load_plan(work: Path) -> tuple[BuildSettings, dict[str, StreamPlan]]:
-    """The build's settings and streams from `work/plan.json`, as every worker sees them."""
-    plan = json.loads((work / "plan.json").read_bytes())
+def _parse_plan(data: bytes) -> "PlannedBuild":
+    plan = json.loads(data)
     settings = settings_from(plan["running"])
     streams = {}
     for name, stream in plan["streams"].items():
         parts = [Part(tuple(Span(**span) for span in part)) for part in stream["parts"]]
         streams[name] = StreamPlan(name, settings.streams[name], stream["column"], parts, stream["encoder"]["path"])
-    return settings, streams
+    return PlannedBuild(settings, streams, plan["tokenizer"]["digest"])
 
 
 @lru_cache(maxsize=4)
-def encoder_for(work: Path, eos_token: str, pad_token: str, path: str) -> Encoder:
+def _encoder(work: Path, digest: str, eos_token: str, pad_token: str, path: str) -> Encoder:
     """The encoder of the build's own copy of the tokenizer, on the path its stream was planned with."""
+    del digest  # only tells tokenizers of the same place apart
     return Encoder.from_settings(TokenizerSettings(str(work / "tokenizer.json"), eos_token, pad_token), path)
 
 
@@ -92,7 +104,8 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
     `limit` is the train tokens the part may hold: it ends behind the document that reaches it. A part that has more
     already is done anew. Raises `UserError` for a damaged source, `OSError` for the disk.
     """
-    settings, streams = load_plan(work)
+    build = load_plan(work)
+    settings, plan = build.settings, build.streams[stream]
     folder = part_folder(work, stream, index)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with journal.locked(folder.with_suffix(".lock"), wait=True):
@@ -102,8 +115,8 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         tokenizer = settings.tokenizer
-        encoder = encoder_for(work, tokenizer.eos_token, tokenizer.pad_token, streams[stream].encoder_path)
-        with _Part(settings, streams[stream], index, folder, encoder) as part:
+        encoder = _encoder(work, build.tokenizer_digest, tokenizer.eos_token, tokenizer.pad_token, plan.encoder_path)
+        with _Part(settings, plan, index, folder, encoder) as part:
             if not part.state.done:
                 part.run(limit, report)
 

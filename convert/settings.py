@@ -15,7 +15,6 @@ from chimera.cli import UserError
 FORMATS = ("text", "chatml")
 PACKINGS = ("concat", "best_fit", "none")
 ENGINES = ("local", "ray")
-FILE_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 # Settings that say how a build runs, not what it writes: they may change between runs of one build.
@@ -178,9 +177,6 @@ def _check_stream(where: str, stream: StreamSettings) -> None:
     for index, source in enumerate(stream.sources):
         if bool(source.hub) == bool(source.files):
             raise UserError(f"{where}.sources.{index}: give either `hub` or `files`")
-        for pattern in source.files:
-            if not pattern.endswith(FILE_KINDS):
-                raise UserError(f"{where}.sources.{index}.files: `{pattern}` must end in {', '.join(FILE_KINDS)}")
 
 
 def _positive(key: str, value: object) -> None:

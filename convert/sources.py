@@ -16,6 +16,7 @@ from convert.reading import Position, Row, Span, conversation_columns, rows_of_f
 from convert.settings import BuildSettings, SourceSettings, StreamSettings
 
 Json = dict[str, Any]
+FILE_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _PACKED = 4  # text is about this many times larger than its .gz or .zst
 
 
@@ -117,6 +118,8 @@ def _expand(patterns: list[str]) -> list[str]:
             raise CannotOpen(f"no file at {pattern}")
         files.update(dict.fromkeys(found))
     for file in files:
+        if not file.endswith(FILE_KINDS):
+            raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(FILE_KINDS)})")
         if not os.access(file, os.R_OK):
             raise CannotOpen(f"no permission to read {file}")
     return list(files)

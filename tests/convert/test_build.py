@@ -1,0 +1,207 @@
+"""A whole build: what the shards hold, what the manifest says, and when a build is refused."""
+
+import fcntl
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from chimera.cli import UserError
+from convert.documents import Document
+from convert.encoding import Encoder
+from convert.settings import TokenizerSettings
+from tests.convert import builds
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    builds.write_sources(folder)
+    return folder
+
+
+def stored_blocks(output: Path, stream: str, split: str) -> np.ndarray:
+    """All blocks of a split in index order, read by the format's definition."""
+    blocks = []
+    for entry in json.loads((output / stream / split / "index.json").read_bytes())["shards"]:
+        data = zstandard.decompress((output / stream / split / entry["zip_data"]["basename"]).read_bytes())
+        count, start = np.frombuffer(data, "<u4", 2)
+        assert len(data) == entry["raw_data"]["bytes"]
+        assert count == entry["samples"]
+        records = np.frombuffer(data, np.uint8, offset=int(start)).reshape(count, -1)
+        assert [entry["column_names"][-1], entry["column_encodings"][-1]] == ["tokens", "ndarray:uint16:64"]
+        blocks.append(records[:, -128:].copy().view("<u2"))
+    return np.concatenate(blocks)
+
+
+def documents_of(blocks: np.ndarray, encoder: Encoder) -> list[list[int]]:
+    """The documents in concatenated blocks, without EOS and padding."""
+    tokens = blocks.reshape(-1)
+    tokens = tokens[tokens != encoder.pad_id]
+    ends = np.flatnonzero(tokens == encoder.eos_id)
+    assert ends[-1] == len(tokens) - 1
+    return [part[:-1].tolist() for part in np.split(tokens, ends + 1)[:-1]]
+
+
+def test_shards_hold_every_document_in_order_once(sources: Path, tmp_path: Path) -> None:
+    manifest = builds.build_here(builds.config(sources, tmp_path / "out"))
+    encoder = Encoder.from_settings(TokenizerSettings(str(builds.tokenizer())))
+    wanted = [t for seed in (20, 21, 22, 23) for t in builds.texts(seed, {20: 150, 21: 80}.get(seed, 40))]
+    ids = [ids[:-1].tolist() for ids, _ in encoder.encode([Document((t,)) for t in wanted if len(t) >= 50])]
+    found = {
+        split: documents_of(stored_blocks(tmp_path / "out", "lines", split), encoder) for split in ("train", "eval")
+    }
+    in_train = {tuple(document) for document in found["train"]}
+    assert found["train"] == [d for d in ids if tuple(d) in in_train]
+    assert found["eval"] == [d for d in ids if tuple(d) not in in_train]
+    lines = manifest["streams"]["lines"]
+    assert lines["rows"] == {
+        "read": len(wanted) + 1,
+        "documents": len(ids),
+        "filtered": {"too_short": len(wanted) - len(ids)},
+        "rejected": {"unparseable": 1},
+    }
+    assert lines["train"]["documents"] + lines["eval"]["documents"] == len(ids)
+    assert not (tmp_path / "out" / ".work").exists()
+    assert manifest["streams"]["chats"]["train"]["blocks"] > 0
+
+
+def test_max_tokens_ends_behind_the_document_that_reaches_it(sources: Path, tmp_path: Path) -> None:
+    manifest = builds.build_here(builds.config(sources, tmp_path / "out"))
+    encoder = Encoder.from_settings(TokenizerSettings(str(builds.tokenizer())))
+    train = manifest["streams"]["limited"]["train"]
+    blocks = stored_blocks(tmp_path / "out", "limited", "train")
+    last = documents_of(blocks, encoder)[-1]
+    assert train["tokens"] - len(last) - 1 < 9000 <= train["tokens"]
+    assert train["tokens"] == int((blocks != encoder.pad_id).sum())
+
+
+def test_max_tokens_does_not_depend_on_which_part_ends_first(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import engine
+
+    settings = builds.config(sources, tmp_path / "out", part_bytes=4000)
+    settings["streams"] = {"limited": settings["streams"]["limited"]}
+    builds.build_here(settings)
+    for slots in (3, 50):
+        monkeypatch.setattr(builds, "Inline", lambda work, slots=slots: _Backwards(work, slots), raising=True)
+        builds.build_here({**settings, "output": str(tmp_path / f"back{slots}")})
+        assert builds.tree(tmp_path / f"back{slots}") == builds.tree(tmp_path / "out")
+    assert engine.make_engine.__name__ == "make_engine"
+
+
+class _Backwards(builds.Inline):
+    def __init__(self, work: Path, slots: int) -> None:
+        super().__init__(work, slots, last_first=True)
+
+
+BAD_LINES = {
+    3: ("unparseable", b'{"text": "cut off'),
+    4: ("not_an_object", b"[1, 2]"),
+    5: ("missing_field", b'{"txt": "a"}'),
+    6: ("wrong_type", b'{"text": 12}'),
+    7: ("invalid_utf8", b'{"text": "\xff\xfe broken"}'),
+    9: ("lone_surrogate", b'{"text": "half \\ud83d of a pair, long enough to be taken for a text otherwise"}'),
+    10: ("nul", b'{"text": "a nul \\u0000 inside of a text that is long enough otherwise"}'),
+}
+
+
+def test_each_bad_line_is_kept_with_its_line_and_reason(tmp_path: Path) -> None:
+    good = [json.dumps({"text": t}).encode() for t in builds.texts(1, 60) if len(t) > 50]
+    lines = {2: good[0], 8: b"", **{number: raw for number, (_, raw) in BAD_LINES.items()}}
+    body = (
+        b"\xef\xbb\xbf" + b"\r\n".join(lines.get(number, good[number % len(good)]) for number in range(1, 41)) + b"\r\n"
+    )
+    body += b"nonsense\n" + good[1]  # the last line has no newline
+    (tmp_path / "in.jsonl").write_bytes(body)
+    settings = builds.config(tmp_path, tmp_path / "out", part_bytes=2000)
+    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/in.jsonl"]}]}}
+    manifest = builds.build_here(settings)
+    packed = (tmp_path / "out" / "rejects" / "s.jsonl.zst").read_bytes()
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as reader:
+        rejects = [json.loads(line) for line in reader.read().splitlines()]
+    expected = {**BAD_LINES, 41: ("unparseable", b"nonsense")}
+    assert [(r["line"], r["reason"]) for r in rejects] == [(n, reason) for n, (reason, _) in expected.items()]
+    assert [r["raw"].encode("utf-8", "surrogateescape") for r in rejects] == [raw for _, raw in expected.values()]
+    assert {r["file"] for r in rejects} == {f"{tmp_path}/in.jsonl"}
+    rows = manifest["streams"]["s"]["rows"]
+    assert rows["read"] == 41
+    assert rows["documents"] == 41 - len(expected)
+    assert rows["rejected"] == {reason: sum(r["reason"] == reason for r in rejects) for reason, _ in expected.values()}
+
+
+def test_a_finished_build_is_left_alone(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    builds.build_here(settings)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    builds.build_here(settings)
+    assert capsys.readouterr().err == f"{tmp_path}/out is finished: nothing to do\n"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_other_settings_are_refused_with_the_difference_and_rebuild_replaces(sources: Path, tmp_path: Path) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    builds.build_here(settings)
+    other = builds.config(sources, tmp_path / "out", block_len=32)
+    other["streams"].pop("chats")
+    with pytest.raises(UserError, match="block_len: 64 -> 32"):
+        builds.build_here(other)
+    builds.build_here({**other, "rebuild": True})
+    builds.build_here({**other, "output": str(tmp_path / "fresh")})
+    assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "fresh")
+
+
+def test_another_tokenizer_or_a_changed_file_is_refused(tmp_path: Path) -> None:
+    builds.write_sources(tmp_path / "in")
+    settings = builds.config(tmp_path / "in", tmp_path / "out")
+    builds.build_here(settings)
+    spec = json.loads((builds.tokenizer() / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec, indent=7))
+    with pytest.raises(UserError, match="tokenizer: "):
+        builds.build_here({**settings, "tokenizer": {"path": str(tmp_path)}})
+    with open(tmp_path / "in" / "plain.jsonl", "ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(UserError, match=r"the size of .*plain\.jsonl"):
+        builds.build_here(settings)
+
+
+def test_a_folder_that_is_not_ours_is_refused(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "lines").mkdir(parents=True)
+    with pytest.raises(UserError, match="is not of this build"):
+        builds.build_here(builds.config(sources, tmp_path / "out"))
+
+
+def test_a_second_builder_of_one_output_is_refused(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    with open(tmp_path / "out" / ".work" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another builder is writing"):
+            builds.build_here(builds.config(sources, tmp_path / "out"))
+
+
+def test_the_first_source_that_opens_is_used_and_the_others_named(sources: Path, tmp_path: Path) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    there = settings["streams"]["columns"]["sources"][0]
+    settings["streams"] = {"s": {"sources": [{"files": ["/nowhere/x.jsonl"]}, there]}}
+    source = builds.build_here(settings)["streams"]["s"]["source"]
+    assert source["index"] == 1
+    assert source["passed_over"] == [{"source": "/nowhere/x.jsonl", "reason": "no file at /nowhere/x.jsonl"}]
+    settings["streams"]["s"]["sources"].pop()
+    with pytest.raises(UserError, match=r"streams\.s: no source opens: /nowhere/x\.jsonl: no file at"):
+        builds.build_here({**settings, "output": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize("name", ["packed.jsonl.gz", "packed.jsonl.zst"])
+def test_a_cut_off_file_stops_the_build_by_name(sources: Path, tmp_path: Path, name: str) -> None:
+    data = (sources / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
+    settings = builds.config(sources, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [str(tmp_path / name)]}]}}
+    with pytest.raises(UserError, match=f"{name} cannot be read to its end"):
+        builds.build_here(settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
