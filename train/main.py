@@ -218,6 +218,8 @@ def record(settings: TrainSettings, shards: "Shards", folder: Path, trainer: Any
         "settings": asdict(settings),
         "versions": {"chimera": __import__("chimera").__version__} | {name: version(name) for name in packages},
         "manifest": shards.digest,
+        "block_len": shards.block_len,
+        "blocks": {name: stream["train"]["blocks"] for name, stream in shards.streams.items()},
         "ranks": dist.get_world_size(),
         "from_step": trainer.state.timestamp.batch.value,
     }

@@ -1,0 +1,269 @@
+"""Entry point: is every byte and every count of a finished build as the manifest says?
+
+Reads manifest, indexes, shards and reject files of a local or remote output without streaming's readers: hashes
+stored and raw, counts, ids, padding, ends of documents, assistant masks, and shows a decoded piece of each stream.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chimera.cli import UserError, one_line, progress, run, say
+from convert.block_rules import BlockRules
+from convert.documents import IM_END, IM_START
+from convert.journal import SPLITS
+from convert.settings import is_remote
+from convert.shards import Json, digest
+
+Array = NDArray[Any]
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+class Bad(Exception):
+    """Something of the output is not as it should be."""
+
+
+class Root:
+    """The files of an output, local or remote."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self._downloader: Any = None
+        if is_remote(root):
+            from streaming.base.storage import CloudDownloader
+
+            self._downloader = CloudDownloader.get(root)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file. Raises `Bad` when it is not there."""
+        try:
+            if self._downloader is None:
+                return (Path(self.root) / name).read_bytes()
+            with tempfile.TemporaryDirectory() as folder:
+                local = Path(folder) / "file"
+                self._downloader.download(f"{self.root}/{name}", str(local))
+                return local.read_bytes()
+        except Exception as error:  # every backend has its own
+            raise Bad(f"{name}: cannot be read: {one_line(error)}") from None
+
+
+@dataclass
+class Found:
+    """What the blocks of one split hold."""
+
+    blocks: int = 0
+    tokens: int = 0
+    padding: int = 0
+    documents: int = 0
+    max_token_id: int = -1
+
+    def add(self, tokens: Array, eos_id: int, pad_id: int) -> None:
+        real = tokens[tokens != pad_id]
+        self.blocks += len(tokens)
+        self.tokens += len(real)
+        self.padding += tokens.size - len(real)
+        self.documents += int((real == eos_id).sum())
+        self.max_token_id = max(self.max_token_id, int(real.max(initial=0)))
+
+
+def verify(root: Root, manifest: Json) -> list[str]:
+    """Everything that is wrong, one sentence each, naming the file."""
+    from tokenizers import Tokenizer
+
+    problems: list[str] = []
+    try:
+        raw = root.read("tokenizer/tokenizer.json")
+        if hashlib.sha256(raw).hexdigest() != manifest["tokenizer"]["digest"]:
+            raise Bad("tokenizer/tokenizer.json: not the tokenizer of the manifest")
+        tokenizer = Tokenizer.from_buffer(raw)
+    except Bad as bad:
+        return [str(bad)]
+    total = sum(manifest["streams"][name][split]["blocks"] for name in manifest["streams"] for split in SPLITS)
+    with progress(total, "block", "verify") as bar:
+        for name, stream in manifest["streams"].items():
+            rules = _rules(manifest["tokenizer"], tokenizer, stream)
+            highest = -1
+            for split in SPLITS:
+                found = Found()
+                for tokens in _blocks(root, manifest, name, split, rules, problems):
+                    if not found.blocks and len(tokens):
+                        _show(name, split, tokens[0], rules, tokenizer)
+                    found.add(tokens, rules.eos_id, rules.pad_id)
+                    bar.update(len(tokens))
+                for key in ("blocks", "tokens", "padding", "documents"):
+                    problems += _differs(f"{name}/{split}", key, getattr(found, key), stream[split][key])
+                highest = max(highest, found.max_token_id)
+            problems += _differs(name, "largest token id", highest, stream["max_token_id"])
+            problems += _rows(root, name, stream)
+    return problems
+
+
+def _rules(tokenizer: Json, loaded: Any, stream: Json) -> BlockRules:
+    added = loaded.get_added_tokens_decoder().items()
+    special = {id_ for id_, token in added if token.special}
+    chat = {loaded.token_to_id(token) for token in (IM_START, IM_END)} if stream["format"] == "chatml" else set()
+    eos, pad, size = tokenizer["eos_id"], tokenizer["pad_id"], tokenizer["vocab_size"]
+    return BlockRules(size, eos, pad, frozenset(special), frozenset(chat), loaded.token_to_id(IM_END))
+
+
+def _blocks(
+    root: Root, manifest: Json, stream: str, split: str, rules: BlockRules, problems: list[str]
+) -> Iterator[Array]:
+    """The tokens [blocks, block_len] of each shard that can be read; what is wrong is added to `problems`."""
+    summary = manifest["streams"][stream][split]
+    if not summary["shards"]:
+        return
+    folder = f"{stream}/{split}"
+    try:
+        index = root.read(f"{folder}/index.json")
+        if hashlib.sha256(index).hexdigest() != summary["index"]:
+            raise Bad(f"{folder}/index.json: its SHA-256 is not the manifest's")
+    except Bad as bad:
+        problems.append(str(bad))
+        return
+    shards = json.loads(index)["shards"]
+    problems += _differs(folder, "shards", len(shards), summary["shards"])
+    for shard in shards:
+        try:
+            tokens, masks = _read_shard(root, folder, shard, manifest)
+        except Bad as bad:
+            problems.append(str(bad))
+        else:
+            name = f"{folder}/{_stored(shard)['basename']}"
+            problems += [f"{name}: {what}" for what in rules.broken(tokens, masks)]
+            yield tokens
+
+
+def _stored(shard: Json) -> Json:
+    """The file a shard lies in: {basename, bytes, hashes}."""
+    stored: Json = shard["zip_data"] or shard["raw_data"]
+    return stored
+
+
+def _read_shard(root: Root, folder: str, shard: Json, manifest: Json) -> tuple[Array, Array | None]:
+    """Tokens and masks [blocks, block_len] of a shard whose every byte was checked."""
+    stored = _stored(shard)
+    name = f"{folder}/{stored['basename']}"
+    if not _PLAIN_NAME.fullmatch(stored["basename"]):
+        raise Bad(f"{folder}/index.json: {stored['basename']!r} is not a file name")
+    data = root.read(name)
+    _check_bytes(name, data, stored)
+    if shard["zip_data"]:
+        import zstandard
+
+        try:
+            data = zstandard.ZstdDecompressor().decompress(data, max_output_size=shard["raw_data"]["bytes"])
+        except zstandard.ZstdError as error:
+            raise Bad(f"{name}: {error}") from None
+        _check_bytes(f"{name}, decompressed", data, shard["raw_data"])
+    return _columns(name, data, shard, manifest)
+
+
+def _check_bytes(name: str, data: bytes, wanted: Json) -> None:
+    if len(data) != wanted["bytes"]:
+        raise Bad(f"{name}: {len(data)} bytes, the index says {wanted['bytes']}")
+    for algorithm, value in wanted["hashes"].items():
+        if (found := digest(algorithm, data)) != value:
+            raise Bad(f"{name}: {algorithm} is {found}, the index says {value}")
+
+
+def _columns(name: str, data: bytes, shard: Json, manifest: Json) -> tuple[Array, Array | None]:
+    """A raw MDS file by hand: [samples][offsets][config] and records of equal length."""
+    samples, block_len, dtype = shard["samples"], manifest["block_len"], np.dtype(manifest["dtype"])
+    sizes = dict(zip(shard["column_names"], shard["column_sizes"], strict=True))
+    expected = {"tokens": block_len * dtype.itemsize}
+    if "assistant" in sizes:
+        expected["assistant"] = block_len // 8
+    if sizes != expected:
+        raise Bad(f"{name}: columns of {sizes} bytes where {expected} are expected")
+    record = sum(sizes.values())
+    offsets = np.frombuffer(data, "<u4", samples + 1, offset=4) if len(data) >= 8 + 4 * samples else np.empty(0)
+    first = len(data) - samples * record
+    if int.from_bytes(data[:4], "little") != samples or not np.array_equal(
+        offsets, first + record * np.arange(samples + 1)
+    ):
+        raise Bad(f"{name}: its table of records is not that of {samples} blocks of {record} bytes")
+    records = np.frombuffer(data, np.uint8, offset=first).reshape(samples, record)
+    tokens = np.ascontiguousarray(records[:, record - sizes["tokens"] :]).view(dtype.newbyteorder("<"))
+    if "assistant" not in sizes:
+        return tokens, None
+    return tokens, np.unpackbits(records[:, : block_len // 8], axis=1, bitorder="little").astype(bool)
+
+
+def _rows(root: Root, name: str, stream: Json) -> list[str]:
+    """Whether the rows add up and the reject file holds those that were rejected."""
+    import zstandard
+
+    rows = stream["rows"]
+    dropped = sum(rows["filtered"].values()) + sum(rows["rejected"].values())
+    problems = _differs(name, "rows read", rows["documents"] + dropped, rows["read"])
+    problems += _differs(
+        name, "documents", stream["train"]["documents"] + stream["eval"]["documents"], rows["documents"]
+    )
+    file = f"rejects/{name}.jsonl.zst"
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(root.read(file), read_across_frames=True) as reader:
+            lines = reader.read().splitlines()
+        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    except (Bad, zstandard.ZstdError, ValueError, KeyError) as error:
+        return [*problems, str(error) if isinstance(error, Bad) else f"{file}: damaged: {one_line(error)}"]
+    return problems + (
+        [] if dict(reasons) == rows["rejected"] else [f"{file}: holds {dict(reasons)}, not {rows['rejected']}"]
+    )
+
+
+def _differs(where: str, what: str, found: int, wanted: int) -> list[str]:
+    """A sentence when a count is not the manifest's."""
+    return [] if found == wanted else [f"{where}: {what}: found {found}, the manifest says {wanted}"]
+
+
+def _show(name: str, split: str, block: Array, rules: BlockRules, tokenizer: Any) -> None:
+    text = tokenizer.decode(block[block != rules.pad_id][:48].tolist(), skip_special_tokens=False)
+    say(f"{name}/{split} begins: {one_line(text)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="verify_shards.py",
+        description="Check every byte and count of a finished build; exits 1 when one is wrong.",
+    )
+    parser.add_argument("root", metavar="ROOT", help="the build's output: a folder or an object-store URL")
+    root = Root(parser.parse_args(argv).root)
+    try:
+        manifest = json.loads(root.read("manifest.json"))
+        streams = manifest["streams"]
+    except (Bad, ValueError, KeyError) as error:
+        raise UserError(
+            f"{root.root}: no readable manifest.json ({error}): give the `output` of a finished build"
+        ) from None
+    problems = verify(root, manifest)
+    for problem in problems:
+        print(f"bad: {problem}")
+    if problems:
+        print(f"{root.root}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    blocks = sum(stream[split]["blocks"] for stream in streams.values() for split in SPLITS)
+    print(f"{root.root}: {len(streams)} streams, {blocks} blocks: every byte and count is as the manifest says")
+    return 0
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,166 @@
+"""The report on save folders as training leaves them: whole, in the middle, resumed, damaged."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from chimera.cli import UserError
+from train import report
+from train.ordering import RunOrder, digest, step_blocks
+from train.runlog import compare_digests, read_run
+from train.settings import plan_of, read_settings
+from train.shards import open_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERRIDES = ["phases.0.steps=30", "phases.1.steps=10", "curriculum.stages.1.from_step=12"]
+OVERRIDES += ["curriculum.stages.2.from_step=24", "scheduler={}", "run_name=<b>run</b>"]
+
+
+@pytest.fixture
+def folder(demo_shards: Path, tmp_path: Path) -> Path:
+    """A save folder as `train/main.py` would leave it after all 40 steps, resumed once on two ranks."""
+    return record(demo_shards, tmp_path / "run", steps=40)
+
+
+def record(shards: Path, folder: Path, steps: int) -> Path:
+    overrides = [*OVERRIDES, f"shards={shards}", f"save_folder={folder}"]
+    settings = read_settings(ROOT / "yamls/demo/base.yaml", overrides)
+    opened = open_shards(settings.shards, settings.cache)
+    plan = plan_of(settings, opened.block_len)
+    about = {"settings": asdict(settings), "versions": {"torch": "2.7.0"}, "manifest": opened.digest}
+    about |= {"block_len": opened.block_len, "blocks": {n: s["train"]["blocks"] for n, s in opened.streams.items()}}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(about))
+    starts = [{"from_step": step, "ranks": ranks, "versions": about["versions"]} for step, ranks in ((0, 1), (25, 2))]
+    write_lines(folder / "starts.jsonl", starts)
+    indexes = {n: json.loads((shards / n / "train/index.json").read_text()) for n in plan.streams}
+    order = RunOrder(plan, {n: [s["samples"] for s in i["shards"]] for n, i in indexes.items()}, settings.seed)
+    lines = []
+    for step in range(steps):
+        blocks = [(ref.stream, ref.block) for ref in step_blocks(order, step)]
+        names = [name for name, _ in blocks]
+        segment = plan.segment(step)
+        lines.append(
+            {
+                "step": step,
+                "phase": segment.phase_name,
+                "seq_len": segment.seq_len,
+                "digest": digest(blocks),
+                "loss": 2 + 6 * math.exp(-step / 10),
+                "tokens": len(blocks) * plan.block_len,
+                "streams": {name: names.count(name) * plan.block_len for name in set(names)},
+            }
+        )
+    write_lines(folder / "steps.jsonl", lines)
+    metrics = [{"step": step, "throughput/tokens_per_sec": 9000.0 + step} for step in range(steps)]
+    metrics[9]["metrics/eval/it_culturax/128/loss"] = 5.5
+    write_lines(folder / "metrics.jsonl", metrics)
+    (folder / "ep0-ba40-rank0.pt").write_bytes(b"x" * 1000)
+    return folder
+
+
+def write_lines(path: Path, values: list[dict]) -> None:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def test_summary_states_planned_and_realised_mix_stage_losses_and_equal_digests(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run <b>run</b>: 40 of 40 steps, 51,200 tokens"  # 16 · (12·32 + 12·64 + 16·128)
+    assert lines[1] == "starts (step, ranks): step 0 on 1, step 25 on 2"
+    rows = [line.split() for line in lines]
+    assert ["knowledge", "0–29", "en_cosmopedia", "55.00", "%"] in [row[:5] for row in rows]
+    assert [row[:4] for row in rows if row[:1] == ["alignment"] and row[1] == "128"] == [
+        ["alignment", "128", "30–39", "10"]
+    ]
+    assert "digests: all 40 steps equal those computed from the plan and the shards" in lines
+
+
+def test_realised_mix_is_counted_from_the_steps_and_within_a_block_of_its_target(folder: Path) -> None:
+    run = read_run(folder)
+    logged = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    for row in run.mix():
+        here = [line for line in logged if line["phase"] == row.phase]
+        tokens = sum(line["streams"].get(row.stream, 0) for line in here)
+        assert row.realised == pytest.approx(tokens / sum(line["tokens"] for line in here))
+        assert row.worst is not None
+        assert row.worst < 1
+
+
+def test_stage_losses_are_means_over_their_own_steps(folder: Path) -> None:
+    run = read_run(folder)
+    assert [(s.phase, s.seq_len, s.first_step, s.end_step, s.done) for s in run.stages()] == [
+        ("knowledge", 32, 0, 12, 12),
+        ("knowledge", 64, 12, 24, 12),
+        ("knowledge", 128, 24, 30, 6),
+        ("alignment", 128, 30, 40, 10),
+    ]
+    assert run.stages()[1].mean_loss == pytest.approx(sum(2 + 6 * math.exp(-s / 10) for s in range(12, 24)) / 12)
+
+
+def test_a_changed_digest_is_named_and_exits_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    lines[17]["digest"] = "0" * 32
+    write_lines(folder / "steps.jsonl", lines)
+    assert report.main([str(folder)]) == 1
+    assert "1 steps DIFFER from the plan's, the first is step 17" in capsys.readouterr().out
+
+
+def test_a_run_in_its_middle_with_a_torn_last_line_reports_the_whole_steps(demo_shards: Path, tmp_path: Path) -> None:
+    folder = record(demo_shards, tmp_path / "run", steps=20)
+    with (folder / "steps.jsonl").open("a") as file:
+        file.write('{"step": 20, "pha')
+    run = read_run(folder)
+    assert run.done == 20
+    assert compare_digests(run) == ([], None)
+    assert [row.realised is None for row in run.mix()] == [False, False, False, True, True, True]
+    assert [stage.done for stage in run.stages()] == [12, 8, 0, 0]
+    assert report.main([str(folder)]) == 0
+
+
+def test_a_run_before_its_first_step_has_a_page(demo_shards: Path, tmp_path: Path) -> None:
+    folder = record(demo_shards, tmp_path / "run", steps=10)
+    (folder / "steps.jsonl").write_text("")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "starts.jsonl").unlink()
+    assert report.main([str(folder)]) == 0
+    assert "0 of 40" in (folder / "report.html").read_text()
+
+
+def test_without_its_shards_the_report_says_that_digests_were_not_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    about["settings"]["shards"] = str(folder / "gone")
+    (folder / "config.json").write_text(json.dumps(about))
+    assert report.main([str(folder)]) == 0
+    assert "digests were not compared with the plan's: " in capsys.readouterr().out
+
+
+def test_the_page_needs_nothing_from_outside_and_escapes_names(folder: Path) -> None:
+    report.main([str(folder)])
+    html = (folder / "report.html").read_text()
+    assert "<script" not in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert "src=" not in html
+    assert "<b>run</b>" not in html
+    assert "&lt;b&gt;run&lt;/b&gt;" in html
+    assert html.count("<svg") == 6
+    for fact in ("ep0-ba40-rank0.pt", read_run(folder).digest, "2 ranks", "it_instructions", "5.500"):
+        assert fact in html
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no config.json there"), ("{", "is not one that train/main.py wrote"), ("{}", "is not one that")],
+)
+def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        report.main([str(tmp_path)])

@@ -1,0 +1,312 @@
+"""A run's report as one HTML page: inline SVG and CSS, no script, nothing fetched from anywhere."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import numpy as np
+
+from train.charts import Line, chart, legend, short
+from train.runlog import MixRow, Run, StageRow
+
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--card:#fff;--ink:#1c2024;--soft:#5a636d;--grid:#e3e6ea;--edge:#d5d9de;
+--good:#1a7f4b;--bad:#c02b2b;
+--s0:#2166c4;--s1:#c65a11;--s2:#14866d;--s3:#8a3fb5;--s4:#a17900;--s5:#c2316f;--s6:#4b6b88;--s7:#5f7d16}
+@media(prefers-color-scheme:dark){:root{--paper:#14171a;--card:#1b1f23;--ink:#e8eaed;--soft:#a3acb5;--grid:#2c3238;
+--edge:#343b42;--good:#57c98b;--bad:#ff7a70;
+--s0:#6ea8ff;--s1:#f2965a;--s2:#43c9a8;--s3:#c792f0;--s4:#dcb53f;--s5:#f07fae;--s6:#93b1cc;--s7:#a9c956}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:20px 16px 48px;max-width:1120px;background:var(--paper);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{font-size:24px;margin:0 0 2px}h2{font-size:17px;margin:0 0 2px}p{margin:0 0 8px;color:var(--soft)}
+.tiles,.grid{display:grid;gap:14px;margin:18px 0}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
+.grid{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
+section,.tiles>div{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:12px 14px;min-width:0}
+.tiles b{display:block;font-size:21px;line-height:1.25}.tiles span{color:var(--soft);font-size:13px}
+.good b{color:var(--good)}.bad b{color:var(--bad)}
+svg{display:block;width:100%;height:auto;overflow:visible}
+svg text{font-size:11px;fill:var(--soft)}svg .name{fill:var(--ink)}
+svg .grid{stroke:var(--grid)}
+path{fill:none}.cut{stroke:var(--soft);stroke-width:1}.mark{fill:var(--ink)}
+.line{stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.faint{stroke-width:1;opacity:.45}.fine{stroke-width:1;opacity:.8}
+.dashed{stroke-width:1.4;stroke-dasharray:4 4;stroke:var(--ink)!important;stroke-linecap:butt}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:6px 0 0;padding:0;font-size:13px}
+.legend i{display:inline-block;width:16px;margin-right:6px;border-top:3px solid var(--c);vertical-align:middle}
+.legend i.dash{border-top:2px dashed var(--ink)}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+th,td{padding:4px 10px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
+th{font-weight:600;color:var(--soft);font-size:13px}td.text,th.text{text-align:left}
+tr:last-child td{border-bottom:0}
+code{font:12.5px/1.5 ui-monospace,Consolas,monospace;overflow-wrap:anywhere}
+@media(max-width:520px){svg text{font-size:13.5px}table{font-size:12.5px}th{font-size:12px;white-space:normal}
+th,td{padding-right:6px}section,.tiles>div{padding:10px}}
+dl{margin:0}dt{color:var(--soft);font-size:13px}dd{margin:0 0 6px}
+"""
+
+
+def page(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
+    """The page of a run; `differing` are steps whose digest is not the plan's, `unchecked` why none was computed."""
+    name = escape(run.settings.run_name)
+    charts = "".join([_mix(run), _distance(run), _loss(run), _eval(run), _lengths(run), _speed(run)])
+    tables = "".join(
+        [
+            _table_of_mix(run.mix()),
+            _table_of_stages(run.stages()),
+            _table_of_evals(run),
+            _table_of_passes(run),
+            _table_of_starts(run),
+            _table_of_checkpoints(run),
+            _data(run, differing, unchecked),
+        ]
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<style>{STYLE}</style><body><h1>{name}</h1><p>{_summary(run)}</p>"
+        f'<div class="tiles">{_tiles(run, differing, unchecked)}</div>'
+        f'<div class="grid">{charts}</div><div class="grid">{tables}</div></body></html>\n'
+    )
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def span(first: int, end: int) -> str:
+    """Steps [first, end) as they are written: first–last."""
+    return f"{first}–{end - 1}"
+
+
+def worst(rows: Iterable[MixRow]) -> float | None:
+    """Blocks any stream was off its target at most, in any phase."""
+    return max((row.worst for row in rows if row.worst is not None), default=None)
+
+
+def _summary(run: Run) -> str:
+    phases = ", then ".join(f"{escape(p.name)} ({p.steps} steps)" for p in run.plan.phases)
+    lengths = ", ".join(str(n) for n in dict.fromkeys(s.seq_len for s in run.plan.segments))
+    return f"{phases}; sequences of {lengths} tokens"
+
+
+def _tiles(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
+    off = worst(run.mix())
+    if unchecked is not None:
+        check = ("", "–", "digests not compared")
+    elif differing:
+        check = ("bad", str(len(differing)), f"steps are not the plan's, the first is {differing[0]}")
+    else:
+        check = ("good", f"{len(run.digests)} of {len(run.digests)}", "steps have the plan's digest")
+    last = float(run.loss[-10:].mean()) if len(run.loss) else None
+    tiles = [
+        ("", f"{run.done:,} of {run.plan.steps:,}", "steps"),
+        ("", short(run.tokens), "tokens"),
+        ("", number(last), "loss, mean of the last 10 steps"),
+        ("", number(off, 2), "blocks a stream was off its share at most"),
+        check,
+    ]
+    return "".join(f'<div class="{kind}"><b>{value}</b><span>{label}</span></div>' for kind, value, label in tiles)
+
+
+def _figure(title: str, note: str, svg: str, below: str = "") -> str:
+    return f"<section><h2>{title}</h2><p>{note}</p>{svg}{below}</section>"
+
+
+def _cuts(run: Run) -> list[tuple[int, str]]:
+    spans = zip(run.plan.phases, run.phase_spans(), strict=True)
+    return [(first, phase.name) for phase, (first, _) in spans]
+
+
+def _marks(run: Run) -> list[tuple[int, str]]:
+    return [(s["from_step"], f"start at step {s['from_step']} on {_ranks(s)}") for s in run.starts]
+
+
+def _ranks(start: dict[str, int]) -> str:
+    return f"{start['ranks']} rank{'s' if start['ranks'] != 1 else ''}"
+
+
+def _mix(run: Run) -> str:
+    realised, planned = [], []
+    for number_, (phase, (first, end)) in enumerate(zip(run.plan.phases, run.phase_spans(), strict=True)):
+        steps, shares = run.shares(number_)
+        for index, stream in enumerate(run.plan.streams):
+            share = float(phase.proportions.get(stream, 0))
+            realised.append(Line(stream, steps, shares[:, index], index))
+            ends = np.array([first, end]), np.array([share, share])
+            planned.append(Line("planned", *ends, index, dashed=True))
+    lines = [*realised, *planned]
+    top = max([0.05, *(float(share) for phase in run.plan.phases for share in phase.proportions.values())])
+    svg = chart(
+        "share of each stream over steps",
+        lines,
+        run.plan.steps,
+        lambda value: f"{100 * value:.0f} %",
+        (0, min(1.0, top * 1.15)),
+        _cuts(run),
+        _marks(run),
+    )
+    note = "Share of the tokens since the phase began, against the plan. Triangles: where the run was started."
+    return _figure("Mix", note, svg, legend(lines))
+
+
+def _distance(run: Run) -> str:
+    lines = []
+    for phase in range(len(run.plan.phases)):
+        steps, away = run.distances(phase)
+        lines += [Line(s, steps, away[:, i], i, extremes=True) for i, s in enumerate(run.plan.streams)]
+    lanes = run.plan.lanes
+    svg = chart(
+        "blocks each stream is away from its share over steps",
+        lines,
+        run.plan.steps,
+        "{:g}".format,
+        (-1.1 * lanes, 1.1 * lanes),
+        _cuts(run),
+        _marks(run),
+    )
+    note = f"Blocks a stream has had too many or too few since the phase began: always less than {lanes}."
+    return _figure("Distance from the plan", note, svg, legend(lines))
+
+
+def _lengths(run: Run) -> str:
+    segments = run.plan.segments
+    steps = np.array([*(s.first_step for s in segments), run.plan.steps])
+    values = np.array([*(s.seq_len for s in segments), segments[-1].seq_len], np.float64)
+    lines = [Line("sequence length", steps, values, 0, stairs=True)]
+    top = float(values.max()) * 1.1
+    ticks = sorted({0.0, *values.tolist()})
+    cuts, marks = _cuts(run), _marks(run)
+    svg = chart("sequence length over steps", lines, run.plan.steps, "{:g}".format, (0, top), cuts, marks, ticks)
+    sizes = [s.sequences_per_step * s.seq_len for s in segments]
+    return _figure("Sequence length", f"Tokens a sequence; {_between(sizes)} tokens a step.", svg)
+
+
+def _between(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _loss(run: Run) -> str:
+    lines = [Line("each step", run.steps, run.loss, 0, faint=True)]
+    window = max(1, len(run.loss) // 60)
+    if len(run.loss):
+        smooth = np.convolve(run.loss, np.ones(window) / window, "valid")
+        lines.append(Line(f"mean of {window} steps", run.steps[window - 1 :], smooth, 0))
+    svg = chart("training loss over steps", lines, run.plan.steps, "{:.2g}".format, None, _cuts(run), _marks(run))
+    note = "Mean over the trained tokens of each global batch. It jumps where the mix or the length changes."
+    return _figure("Training loss", note, svg, legend(lines))
+
+
+def _eval(run: Run) -> str:
+    if not run.evals:
+        return ""
+    longest = max(seq_len for _, seq_len in run.evals)
+    lines = [
+        Line(stream, *run.evals[stream, longest], index)
+        for index, stream in enumerate(run.plan.streams)
+        if (stream, longest) in run.evals
+    ]
+    svg = chart("eval loss over steps", lines, run.plan.steps, "{:.2g}".format, None, _cuts(run), _marks(run))
+    return _figure("Loss of each stream", f"On its eval split, sequences of {longest} tokens.", svg, legend(lines))
+
+
+def _speed(run: Run) -> str:
+    if not len(run.speed[0]):
+        return ""
+    lines = [Line("tokens a second", *run.speed, 2)]
+    top = float(run.speed[1].max()) * 1.05
+    svg = chart("throughput over steps", lines, run.plan.steps, short, (0, top), _cuts(run), _marks(run))
+    return _figure("Throughput", "Tokens a second over all ranks.", svg)
+
+
+def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", text: int = 1) -> str:
+    """A card with a table; the first `text` columns are aligned left. Cells are escaped here."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        kinds = [' class="text"' if index < text else "" for index in range(len(cells))]
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+
+    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in rows)
+    if not body:
+        return ""
+    return (
+        f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}"
+        f'<div class="wide"><table><tr>{row("th", heads)}</tr>{body}</table></div></section>'
+    )
+
+
+def _table_of_mix(rows: Sequence[MixRow]) -> str:
+    cells = [(row.stream, row.phase, percent(row.planned), percent(row.realised), number(row.worst, 2)) for row in rows]
+    note = "Off: blocks the stream was away from its share at most, at any step."
+    return _table("Planned and realised mix", ("stream", "phase", "planned", "realised", "off"), cells, note, 2)
+
+
+def _table_of_stages(rows: Sequence[StageRow]) -> str:
+    cells = [
+        (
+            f"{row.phase} {row.seq_len}",
+            span(row.first_step, row.end_step)
+            + (f", {row.done} done" if row.done < row.end_step - row.first_step else ""),
+            short(row.tokens),
+            number(row.mean_loss),
+            number(row.last_loss),
+        )
+        for row in rows
+    ]
+    note = "A phase at one sequence length. Loss: mean over its steps, and over their last tenth."
+    return _table("Stages", ("stage", "steps", "tokens", "loss", "at its end"), cells, note)
+
+
+def _table_of_evals(run: Run) -> str:
+    lengths = sorted({seq_len for _, seq_len in run.evals})
+    cells = [
+        [stream, *(number(run.evals[stream, n][1][-1]) if (stream, n) in run.evals else "–" for n in lengths)]
+        for stream in run.plan.streams
+        if any(name == stream for name, _ in run.evals)
+    ]
+    last = max((int(steps[-1]) for steps, _ in run.evals.values()), default=0)
+    note = f"Mean over each stream's eval split after step {last}, by sequence length."
+    return _table("Loss of each stream", ["stream", *map(str, lengths)], cells, note)
+
+
+def _table_of_passes(run: Run) -> str:
+    cells = [
+        (stream, f"{stored:,}", number(so_far, 2), number(in_all, 2)) for stream, stored, so_far, in_all in run.passes()
+    ]
+    return _table("Passes over the data", ("stream", "blocks stored", "so far", "at the plan's end"), cells)
+
+
+def _table_of_starts(run: Run) -> str:
+    cells = [
+        (str(start["from_step"]), _ranks(start), start.get("versions", {}).get("torch", "–")) for start in run.starts
+    ]
+    note = "Every start of the run: the first, and each resume with its ranks."
+    return _table("Starts and topologies", ("from step", "on", "torch"), cells, note)
+
+
+def _table_of_checkpoints(run: Run) -> str:
+    cells = [(name, str(step), f"{size / 1e6:.1f} MB") for step, name, size in run.checkpoints]
+    return _table("Checkpoints kept", ("file", "step", "size"), cells)
+
+
+def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
+    if unchecked is not None:
+        check = f"not compared with the plan: {escape(unchecked)}"
+    elif differing:
+        check = f"{len(differing)} steps differ from the plan's, the first is step {differing[0]}"
+    else:
+        check = f"all {len(run.digests)} equal those computed from the plan and the shards"
+    versions = ", ".join(f"{escape(k)} {escape(str(v))}" for k, v in run.about.get("versions", {}).items())
+    return (
+        "<section><h2>Data</h2><dl>"
+        f"<dt>shards</dt><dd><code>{escape(run.settings.shards)}</code></dd>"
+        f"<dt>manifest, SHA-256</dt><dd><code>{escape(str(run.about.get('manifest')))}</code></dd>"
+        f"<dt>digests of steps 0 to {max(0, run.done - 1)}, SHA-256 over all</dt><dd><code>{run.digest}</code></dd>"
+        f"<dt>digests of the steps</dt><dd>{check}</dd>"
+        f"<dt>versions</dt><dd>{versions}</dd></dl></section>"
+    )

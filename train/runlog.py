@@ -1,0 +1,253 @@
+"""What a save folder says about its run: the files training leaves there, read into tables.
+
+Everything is derived from `config.json`, `steps.jsonl`, `metrics.jsonl`, `starts.jsonl` and the checkpoints' names,
+so it works while the run goes on, after it, and without its shards. Where the shards can be reached, each step's
+digest is computed anew from the plan.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chimera.cli import UserError, one_line
+from train.schedule import Plan
+from train.settings import TrainSettings, plan_of
+
+CHECKPOINT = re.compile(r"ep\d+-ba(\d+)-rank\d+\.pt")
+EVAL_LOSS = re.compile(r"metrics/eval/(.+)/(\d+)/loss")
+SPEED = "throughput/tokens_per_sec"
+CHUNK = 4096  # steps whose digests are computed at once
+
+Floats = npt.NDArray[np.float64]
+Points = tuple[npt.NDArray[np.int64], Floats]  # steps, values
+
+
+@dataclass(frozen=True)
+class MixRow:
+    """One stream in one phase, over the steps done so far."""
+
+    phase: str
+    first_step: int
+    end_step: int
+    stream: str
+    planned: float  # share of the tokens
+    realised: float | None  # None: the phase has not begun
+    worst: float | None  # blocks the stream was off its target at most, over all steps
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One segment of the plan: a phase at one sequence length."""
+
+    phase: str
+    seq_len: int
+    first_step: int
+    end_step: int
+    done: int  # steps
+    tokens: int
+    mean_loss: float | None
+    last_loss: float | None  # mean of the last tenth of its steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its save folder records it; arrays have one row a step done."""
+
+    folder: Path
+    about: dict[str, Any]  # config.json
+    settings: TrainSettings
+    plan: Plan
+    steps: npt.NDArray[np.int64]
+    loss: Floats
+    blocks: npt.NDArray[np.int64]  # [steps, streams of the plan]
+    digests: list[str]
+    starts: list[dict[str, Any]]
+    evals: dict[tuple[str, int], Points]  # (stream, seq_len) → loss
+    speed: Points  # tokens a second
+    checkpoints: list[tuple[int, str, int]]  # step, name, bytes
+
+    @property
+    def done(self) -> int:
+        """Steps done: one past the last one logged."""
+        return int(self.steps[-1]) + 1 if len(self.steps) else 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.blocks.sum()) * self.plan.block_len
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all steps done, a line each."""
+        return hashlib.sha256("".join(f"{digest}\n" for digest in self.digests).encode()).hexdigest()
+
+    def phase_spans(self) -> list[tuple[int, int]]:
+        """Of each phase: its first step and the one past its last."""
+        starts = [self.plan.phase_start(phase) for phase in range(len(self.plan.phases))]
+        return list(zip(starts, [*starts[1:], self.plan.steps], strict=True))
+
+    def shares(self, phase: int) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The mix since the phase began, after each of its steps done: steps [n], shares [n, streams]."""
+        here = self._within(*self.phase_spans()[phase])
+        seen = np.cumsum(self.blocks[here], axis=0)
+        return self.steps[here], seen / seen.sum(axis=1, keepdims=True)
+
+    def distances(self, phase: int) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Blocks each stream is away from its share since the phase began: steps [n], blocks [n, streams]."""
+        here = self._within(*self.phase_spans()[phase])
+        seen = np.cumsum(self.blocks[here], axis=0)
+        planned = np.array([float(self.plan.phases[phase].proportions.get(name, 0)) for name in self.plan.streams])
+        return self.steps[here], seen - planned * seen.sum(axis=1, keepdims=True)
+
+    def mix(self) -> list[MixRow]:
+        rows = []
+        for number, (phase, (first, end)) in enumerate(zip(self.plan.phases, self.phase_spans(), strict=True)):
+            steps, shares = self.shares(number)
+            _, away = self.distances(number)
+            for index, stream in enumerate(self.plan.streams):
+                planned = float(phase.proportions.get(stream, 0))
+                realised, worst = None, None
+                if len(steps):
+                    realised, worst = float(shares[-1, index]), float(np.abs(away[:, index]).max())
+                if planned or realised:
+                    rows.append(MixRow(phase.name, first, end, stream, planned, realised, worst))
+        return rows
+
+    def stages(self) -> list[StageRow]:
+        rows = []
+        for segment in self.plan.segments:
+            here = self._within(segment.first_step, segment.end_step)
+            loss = self.loss[here]
+            tail = loss[-max(1, len(loss) // 10) :]
+            tokens = int(self.blocks[here].sum()) * self.plan.block_len
+            means = (float(loss.mean()), float(tail.mean())) if len(loss) else (None, None)
+            rows.append(
+                StageRow(
+                    segment.phase_name,
+                    segment.seq_len,
+                    segment.first_step,
+                    segment.end_step,
+                    len(loss),
+                    tokens,
+                    *means,
+                )
+            )
+        return rows
+
+    def passes(self) -> list[tuple[str, int, float, float]]:
+        """Of each stream: blocks stored, passes over them so far, and at the plan's end."""
+        needed = self.plan.blocks_before(self.plan.steps)
+        seen = self.blocks.sum(axis=0)
+        rows = []
+        for index, stream in enumerate(self.plan.streams):
+            if stored := self.about.get("blocks", {}).get(stream):
+                rows.append((stream, stored, int(seen[index]) / stored, needed[stream] / stored))
+        return rows
+
+    def _within(self, first: int, end: int) -> npt.NDArray[np.bool_]:
+        return (self.steps >= first) & (self.steps < end)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a save folder; raises `UserError` where there is none that can be read."""
+    if "://" in str(folder) or str(folder).startswith(("s3:/", "gs:/", "azure:/", "oci:/")):
+        raise UserError(
+            f"{folder} is not a local folder: the files the report reads lie in runs/RUN_NAME on the machine of rank 0"
+        )
+    try:
+        about = json.loads((folder / "config.json").read_bytes())
+        block_len = int(about["block_len"])
+        values = about["settings"]
+    except FileNotFoundError:
+        raise UserError(f"no run in {folder} (no config.json there): give the `save_folder` of a run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json is not one that train/main.py wrote: {one_line(repr(error))}") from None
+    settings = _settings(folder, values)
+    plan = plan_of(settings, block_len)
+
+    lines = [line for line in _json_lines(folder / "steps.jsonl") if "step" in line]
+    metrics = list(_json_lines(folder / "metrics.jsonl"))
+    evals: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for line in metrics:
+        for key, value in line.items():
+            if match := EVAL_LOSS.fullmatch(key):
+                evals.setdefault((match[1], int(match[2])), []).append((line["step"], value))
+    blocks = [[line["streams"].get(name, 0) // block_len for name in plan.streams] for line in lines]
+    return Run(
+        folder=folder,
+        about=about,
+        settings=settings,
+        plan=plan,
+        steps=np.array([line["step"] for line in lines], np.int64),
+        loss=np.array([line["loss"] for line in lines], np.float64),
+        blocks=np.array(blocks, np.int64).reshape(len(lines), len(plan.streams)),
+        digests=[line["digest"] for line in lines],
+        starts=list(_json_lines(folder / "starts.jsonl")),
+        evals={key: _points(points) for key, points in sorted(evals.items())},
+        speed=_points([(line["step"], line[SPEED]) for line in metrics if SPEED in line]),
+        checkpoints=sorted(
+            (int(match[1]), path.name, path.stat().st_size)
+            for path in folder.iterdir()
+            if (match := CHECKPOINT.fullmatch(path.name))
+        ),
+    )
+
+
+def compare_digests(run: Run) -> tuple[list[int], str | None]:
+    """Compute each step's digest from plan and shards: the steps that differ, and why it could not be done."""
+    from train.index import open_indexes
+    from train.ordering import RunOrder, digest
+
+    try:
+        indexes = open_indexes(run.settings.shards, run.settings.cache, run.plan.streams)
+    except UserError as error:
+        return [], one_line(error)
+    order = RunOrder(run.plan, {name: index.shard_blocks for name, index in indexes.items()}, run.settings.seed)
+    logged = dict(zip(run.steps.tolist(), run.digests, strict=True))
+    differing = []
+    for segment in run.plan.segments:
+        for first in range(segment.first_step, min(segment.end_step, run.done), CHUNK):
+            chunk = order.steps(first, min(first + CHUNK, segment.end_step, run.done))
+            for row, (streams, blocks) in enumerate(zip(chunk.streams.tolist(), chunk.blocks.tolist(), strict=True)):
+                names = (run.plan.streams[stream] for stream in streams)
+                found = logged.get(first + row)
+                if found is not None and found != digest(zip(names, blocks, strict=True)):
+                    differing.append(first + row)
+    return differing, None
+
+
+def _settings(folder: Path, values: dict[str, Any]) -> TrainSettings:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainSettings), values))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{folder}/config.json is of another version: {one_line(error)}") from None
+    assert isinstance(settings, TrainSettings)
+    return settings
+
+
+def _points(points: list[tuple[int, float]]) -> Points:
+    return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; what a running process has not finished writing is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                yield value
