@@ -155,7 +155,7 @@ class MixtureDataset(StreamingDataset):
                 "first_sequence": offset,
                 "sequences": count,
                 "seq_len": segment.seq_len,
-                "digest": digest((names[n], block) for n, block in zip(numbers, found, strict=True)),
+                "digest": digest([(names[n], block) for n, block in zip(numbers, found, strict=True)]),
                 "streams": {name: int(total[i]) for name, total in zip(names, totals, strict=True)},
                 "phase": segment.phase_name,
             }

@@ -204,5 +204,5 @@ def step_blocks(order: RunOrder, step: int) -> list[BlockRef]:
 
 def digest(blocks: Iterable[tuple[str, int]]) -> str:
     """The digest of a step: BLAKE2b-128, in hex, of a line `stream/block` for each block in global batch order."""
-    text = "".join(f"{stream}/{block}\n" for stream, block in blocks)
+    text = "".join([f"{stream}/{block}\n" for stream, block in blocks])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

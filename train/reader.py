@@ -7,7 +7,8 @@ a shard. A record begins with a u32 length for each column of variable size, whi
 
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,10 @@ class BlockReader:
         self._starts = {n: np.concatenate([[0], np.cumsum(i.shard_blocks)]) for n, i in self.indexes.items()}
         self._shards: dict[Key, Future[MappedShard]] = {}
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._queue: SimpleQueue[Key | None] = SimpleQueue()
+        self._queued: set[Key] = set()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
 
     def read(self, streams: npt.NDArray[Any], blocks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], Any]:
         """Blocks by (number in `names`, block), each [n].
@@ -134,11 +138,15 @@ class BlockReader:
 
     def fetch_ahead(self, keys: Iterable[Key]) -> None:
         """Have threads open shards, in this order."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shards")
         for key in keys:
-            if key not in self._shards:
-                self._pool.submit(self._open_unclaimed, key)
+            if key not in self._shards and key not in self._queued:
+                self._queued.add(key)
+                self._queue.put(key)
+        if self._queued and not self._threads:
+            # daemons: a download must not hold up the end of the process
+            self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+            for thread in self._threads:
+                thread.start()
 
     def keep(self, keys: Iterable[Key]) -> None:
         """Forget all shards but these."""
@@ -149,9 +157,9 @@ class BlockReader:
 
     def close(self) -> None:
         """Stop the threads; what they are fetching now is finished."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
 
     def _claim(self, key: Key) -> tuple["Future[MappedShard]", bool]:
         """The future of a shard, and whether the caller is the one to open it."""
@@ -161,10 +169,13 @@ class BlockReader:
             self._shards[key] = Future()
             return self._shards[key], True
 
-    def _open_unclaimed(self, key: Key) -> None:
-        future, mine = self._claim(key)
-        if mine:
-            self._open(key, future)
+    def _work(self) -> None:
+        """A thread: open what is queued and no one else has begun to."""
+        while (key := self._queue.get()) is not None and not self._closed:
+            future, mine = self._claim(key)
+            if mine:
+                self._open(key, future)
+            self._queued.discard(key)
 
     def _open(self, key: Key, future: "Future[MappedShard]") -> None:
         index = self.indexes[key[0]]

@@ -1,0 +1,180 @@
+"""Blocks a second of MixtureDataset, plain StreamingDataset and a bare memory map; time to the first batch far out.
+
+`python bench/loader.py [--steps N] [--json FILE]` makes its own shards in a temporary folder. All figures of a run
+are taken in it, one after another on the same shards; compare ratios, not runs on different machines.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np  # noqa: E402
+
+from convert.shards import ShardFormat, index_bytes, write_shard  # noqa: E402
+from train.schedule import Phase, Plan, Stage, build_plan  # noqa: E402
+
+BLOCK_LEN, BATCH = 1024, 16
+STREAMS = {"en": Fraction(55, 100), "it": Fraction(35, 100), "chat": Fraction(10, 100)}
+FORM = ShardFormat(BLOCK_LEN, "uint16", False, None, "xxh3_64", 32 << 20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--blocks", type=int, default=60_000, help="blocks on disk, of 2 KB")
+    parser.add_argument("--seconds", type=float, default=6, help="of each measurement, at most")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "batch": BATCH, "block_len": BLOCK_LEN}
+    with tempfile.TemporaryDirectory() as folder:
+        root = make(Path(folder, "shards"), args.blocks)
+        found["blocks_per_second"] = speeds = throughput(root, Path(folder, "cache"), args.seconds)
+        plain = {workers: speeds[f"streaming, {workers} workers"] for workers in (0, 1, 2)}
+        found["times_plain"] = {w: round(speeds[f"mixture, {w} workers"] / plain[w], 1) for w in plain}
+        far = far_shards(Path(folder, "far"))
+        found["first_batch"] = {str(step): apart(first_batch, far, Path(folder, "cache"), step) for step in (0, 10**8)}
+    print(json.dumps(found, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def make(root: Path, blocks: int) -> Path:
+    """Three streams of random tokens in shards of 32 MB."""
+    rng = np.random.default_rng(0)
+    for name, share in STREAMS.items():
+        folder = root / name / "train"
+        folder.mkdir(parents=True)
+        left, entries = int(blocks * share), []
+        while left:
+            count = min(left, FORM.blocks_per_shard)
+            tokens = rng.integers(0, 50_000, (count, BLOCK_LEN), np.uint16)
+            entries.append(write_shard(FORM, folder, f"shard.{len(entries):05d}", tokens, None))
+            left -= count
+        (folder / "index.json").write_bytes(index_bytes(entries))
+    return root
+
+
+def plan(steps: int) -> Plan:
+    return build_plan([Phase("p", steps, STREAMS, BATCH)], [Stage(0, BLOCK_LEN)], "sequences", BLOCK_LEN)
+
+
+def throughput(root: Path, cache: Path, seconds: float) -> dict[str, int]:
+    """Blocks a second of each loader, after its first batches."""
+    from streaming import Stream, StreamingDataLoader, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    from train.mixture import MixtureDataset
+
+    speeds = {"bare memory map": memory_map(root, seconds)}
+    for workers in (0, 1, 2):
+        data = MixtureDataset(root=str(root), cache=str(cache), plan=plan(10**7), seed=17)
+        loader = DataLoader(data, batch_size=None, collate_fn=as_tensors, num_workers=workers)
+        speeds[f"mixture, {workers} workers"] = measure(loader, lambda batch: len(batch["tokens"]), seconds)
+    for workers in (0, 1, 2):
+        clean_stale_shared_memory()
+        streams = [Stream(local=str(root / name / "train"), proportion=float(share)) for name, share in STREAMS.items()]
+        plain = StreamingDataset(streams=streams, batch_size=BATCH, shuffle=True, shuffle_seed=17)
+        theirs = StreamingDataLoader(plain, batch_size=BATCH, num_workers=workers)
+        speeds[f"streaming, {workers} workers"] = measure(theirs, lambda batch: len(batch["tokens"]), seconds)
+        del theirs, plain
+    return speeds
+
+
+def as_tensors(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its tokens as a tensor, as collating does."""
+    import torch
+
+    return {**record, "tokens": torch.from_numpy(record["tokens"])}
+
+
+def measure(batches: Iterable[Any], blocks: Callable[[Any], int], seconds: float, warm: int = 20) -> int:
+    """Blocks a second of an iterable of batches, over at most `seconds`."""
+    iterator = iter(batches)
+    for _ in islice(iterator, warm):
+        pass
+    count, start = 0, time.perf_counter()
+    for batch in iterator:
+        count += blocks(batch)
+        if time.perf_counter() - start > seconds:
+            break
+    return round(count / (time.perf_counter() - start))
+
+
+def memory_map(root: Path, seconds: float) -> int:
+    """Batches of random blocks copied out of memory maps, with nothing else done."""
+
+    def batches() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(0)
+        maps = []
+        for path in sorted(root.glob("*/train/*.mds")):
+            head = np.fromfile(path, np.uint32, 2)
+            maps.append(np.memmap(path, np.uint16, "r", int(head[1]), (int(head[0]), BLOCK_LEN)))
+        while True:
+            shard = maps[rng.integers(len(maps))]
+            yield shard[rng.integers(0, len(shard), BATCH)]
+
+    return measure(batches(), len, seconds)
+
+
+def far_shards(root: Path) -> Path:
+    """Three streams of 10⁷ blocks, as sparse files: their heads are written, their records are holes."""
+    count = FORM.blocks_per_shard
+    config = json.dumps(FORM.config, sort_keys=True).encode()
+    for name in STREAMS:
+        folder = root / name / "train"
+        folder.mkdir(parents=True)
+        entries = []
+        for number in range(-(-(10**7) // count)):
+            offsets = 4 + 4 * (count + 1) + len(config) + np.arange(count + 1, dtype=np.int64) * 2 * BLOCK_LEN
+            path = folder / f"shard.{number:05d}.mds"
+            with path.open("wb") as file:
+                file.write(np.uint32(count).tobytes() + offsets.astype("<u4").tobytes() + config)
+                file.truncate(int(offsets[-1]))
+            raw = {"basename": path.name, "bytes": int(offsets[-1]), "hashes": {}}
+            entries.append({"samples": count, "raw_data": raw, "zip_data": None, **FORM.config})
+        (folder / "index.json").write_bytes(index_bytes(entries))
+    return root
+
+
+def first_batch(root: Path, cache: Path, step: int) -> dict[str, float]:
+    """Seconds and MB of memory to the batch of `step` in a plan of 10⁹ steps: dataset, state and first batch."""
+    from train.mixture import MixtureDataset
+
+    # what any dataset of this process pays once: imports done, allocators warm
+    next(iter(MixtureDataset(root=str(root), cache=str(cache), plan=plan(10), seed=1)))
+    before, start = memory("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    steps = plan(10**9)
+    data = MixtureDataset(root=str(root), cache=str(cache), plan=steps, seed=17)
+    data.load_state_dict(data.state_dict(steps.sequences_before(step), True))
+    record = next(iter(data))
+    took = time.perf_counter() - start
+    assert record["step"] == step
+    return {"seconds": round(took, 3), "peak_more_MB": round(memory("VmHWM") - before, 1)}
+
+
+def memory(field: str) -> float:
+    """A field of this process's status, in MB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def apart(call: Callable[..., Any], *args: Any) -> Any:
+    """The result of a call in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(call, args)
+
+
+if __name__ == "__main__":
+    main()
