@@ -131,7 +131,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{target(settings)} exists: add overwrite=true to replace it (shards made with it go stale)")
     tokenizer = train(settings)
     file = write(tokenizer, settings)
-    say(f"{file}: {tokenizer.get_vocab_size()} tokens")
+    size = tokenizer.get_vocab_size()
+    say(f"{file}: {size} tokens" + (" (the sources yield no more)" if size < settings.vocab_size else ""))
     return 0
 
 

@@ -27,7 +27,7 @@ from convert.block_rules import BlockRules
 from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
 from convert.settings import is_remote
-from convert.shards import Json, digest
+from convert.shards import Json, digest, file_of
 
 Array = NDArray[Any]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -143,20 +143,14 @@ def _blocks(
         except Bad as bad:
             problems.append(str(bad))
         else:
-            name = f"{folder}/{_stored(shard)['basename']}"
+            name = f"{folder}/{file_of(shard)['basename']}"
             problems += [f"{name}: {what}" for what in rules.broken(tokens, masks)]
             yield tokens
 
 
-def _stored(shard: Json) -> Json:
-    """The file a shard lies in: {basename, bytes, hashes}."""
-    stored: Json = shard["zip_data"] or shard["raw_data"]
-    return stored
-
-
 def _read_shard(root: Root, folder: str, shard: Json, manifest: Json) -> tuple[Array, Array | None]:
     """Tokens and masks [blocks, block_len] of a shard whose every byte was checked."""
-    stored = _stored(shard)
+    stored = file_of(shard)
     name = f"{folder}/{stored['basename']}"
     if not _PLAIN_NAME.fullmatch(stored["basename"]):
         raise Bad(f"{folder}/index.json: {stored['basename']!r} is not a file name")
@@ -246,7 +240,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         manifest = json.loads(root.read("manifest.json"))
         streams = manifest["streams"]
-    except (Bad, ValueError, KeyError) as error:
+        if manifest["format"] != 1 or not all(map(_PLAIN_NAME.fullmatch, streams)):
+            raise Bad("not a manifest of this version")
+    except (Bad, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{root.root}: no readable manifest.json ({error}): give the `output` of a finished build"
         ) from None

@@ -1,0 +1,89 @@
+"""A tokenizer trained from a shards config: deterministic, loadable, on the fast path, never replaced unasked."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chimera.cli import UserError
+from convert import train_tokenizer
+from convert.documents import Document, DocumentReader
+from convert.encoding import Encoder
+from convert.settings import StreamSettings, TokenizerSettings
+
+PAIR = {"instruction": "Che cosa è la marea?", "input": "", "output": "La marea è il salire e scendere del mare."}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    texts = [f"Il mulino numero {i} macina il grano con la forza dell'acqua o del vento." for i in range(50)]
+    lines = [json.dumps({"text": text}) for text in texts] + ["{broken", json.dumps({"text": "short"})]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+    file = tmp_path / "shards.yaml"
+    streams = {
+        "text": {"format": "text", "sources": [{"files": [str(tmp_path / "text.jsonl")]}]},
+        "pairs": {"format": "chatml", "sources": [{"files": [str(tmp_path / "pairs.jsonl")]}]},
+    }
+    settings = {"output": str(tmp_path / "out"), "tokenizer": {"path": str(tmp_path / "tok")}, "streams": streams}
+    file.write_text(json.dumps(settings))
+    return file
+
+
+def test_the_special_tokens_come_first_and_the_fast_path_holds(config: Path, tmp_path: Path) -> None:
+    assert train_tokenizer.main([str(config), "vocab_size=300"]) == 0
+    encoder = Encoder.from_settings(TokenizerSettings(str(tmp_path / "tok")))
+    assert encoder.special_ids == {"<|endoftext|>": 0, "<|padding|>": 1, "<|im_start|>": 2, "<|im_end|>": 3}
+    assert (encoder.path, encoder.vocab_size) == ("tiktoken", 300)
+    ((ids, _),) = encoder.encode([Document(("Il mulino",))])
+    assert len(ids) < len("Il mulino")
+
+
+def test_the_same_sources_give_the_same_tokenizer(config: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train_tokenizer.main([str(config), "vocab_size=500", f"tokenizer.path={tmp_path / name}/tokenizer.json"])
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+def test_transformers_finds_the_ends_and_renders_chats_as_they_are_stored(config: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    train_tokenizer.main([str(config), "vocab_size=300"])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (0, 1)
+    encoder = Encoder.from_settings(TokenizerSettings(str(tmp_path / "tok")))
+    document = DocumentReader(StreamSettings(format="chatml"), encoder.special_ids).read(PAIR)
+    assert isinstance(document, Document)
+    ((ids, _),) = encoder.encode([document])
+    messages = [
+        {"role": "user", "content": PAIR["instruction"]},
+        {"role": "assistant", "content": PAIR["output"]},
+    ]
+    assert theirs.apply_chat_template(messages) == ids[:-1].tolist()
+    prompt = theirs.apply_chat_template(messages[:1], add_generation_prompt=True)
+    assert ids[: len(prompt)].tolist() == prompt
+
+
+def test_an_existing_tokenizer_is_replaced_only_when_told(config: Path, tmp_path: Path) -> None:
+    train_tokenizer.main([str(config), "vocab_size=300"])
+    before = (tmp_path / "tok" / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="overwrite=true"):
+        train_tokenizer.main([str(config), "vocab_size=280"])
+    assert (tmp_path / "tok" / "tokenizer.json").read_bytes() == before
+    train_tokenizer.main([str(config), "vocab_size=280", "overwrite=true"])
+    assert (tmp_path / "tok" / "tokenizer.json").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["vocab_size=100"], "vocab_size: 100 must be at least 260"),
+        (["streams.text.min_chars=1000"], "streams.text: its source holds no usable document"),
+        (["streams.text.sources.0.files=[nowhere.jsonl]"], "no file at nowhere.jsonl"),
+        (["vocabsize=300"], "vocabsize"),
+    ],
+)
+def test_mistakes_are_named(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_tokenizer.main([str(config), *overrides])
+    assert not (tmp_path / "tok").exists()

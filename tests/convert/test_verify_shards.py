@@ -1,0 +1,236 @@
+"""`verify_shards.py` passes a sound build and names whatever was damaged."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chimera.cli import UserError
+from convert import build_shards, verify_shards
+from convert.block_rules import BlockRules
+from convert.shards import ShardFormat, file_of, index_bytes, write_shard
+from tests.convert.small_tokenizer import ADDED, with_added
+
+BLOCK = 32
+RULES = BlockRules(vocab_size=100, eos_id=0, pad_id=1, special=frozenset({0, 1, 2, 3}))
+CHAT = BlockRules(100, 0, 1, frozenset({0, 1, 2, 3}), frozenset({2, 3}), end_id=3)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of three streams, one of each packing."""
+    folder = tmp_path_factory.mktemp("verify")
+    (folder / "tokenizer.json").write_text(json.dumps(with_added(*ADDED)))
+    texts = [f"Il gatto {i} dorme sotto l'albero numero {i}. " * (1 + i % 7) for i in range(120)]
+    rows = [{"text": text} for text in texts] + [{"text": None}, {"text": "x"}]
+    pairs = [{"instruction": f"Quanto fa {i}?", "output": f"Fa {i + 1}. " * (1 + i % 5)} for i in range(80)]
+    for name, content in (("text", rows), ("chat", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    streams = [("joined", "text", "concat"), ("alone", "text", "none"), ("talk", "chatml", "best_fit")]
+    config = {
+        "output": str(folder / "out"),
+        "tokenizer": {"path": str(folder)},
+        "block_len": BLOCK,
+        "hash": "xxh3_64",
+        "shard_bytes": 8192,
+        "eval_fraction": 0.1,
+        "workers": 1,
+        "streams": {
+            name: {
+                "format": kind,
+                "packing": packing,
+                "sources": [{"files": [str(folder / f"{'chat' if kind == 'chatml' else 'text'}.jsonl")]}],
+            }
+            for name, kind, packing in streams
+        },
+    }
+    (folder / "shards.yaml").write_text(json.dumps(config))
+    assert build_shards.main([str(folder / "shards.yaml")]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def build(sound: Path, tmp_path: Path) -> Path:
+    """A copy of the build to damage."""
+    return Path(shutil.copytree(sound, tmp_path / "out"))
+
+
+def bad(build: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What the tool prints about the build."""
+    code = verify_shards.main([str(build)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad: ")]
+    assert code == (1 if lines else 0)
+    return lines
+
+
+def test_a_sound_build_passes(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_shards.main([str(sound)]) == 0
+    out, err = capsys.readouterr()
+    assert "3 streams" in out
+    assert "talk/train begins: <|im_start|>user Quanto fa" in err
+
+
+def shard(build: Path, stream: str) -> Path:
+    return sorted((build / stream / "train").glob("*.zstd"))[-1]
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"), [(flip_a_bit, "xxh3_64 is"), (cut_off, "bytes, the index"), (Path.unlink, "read")]
+)
+def test_a_damaged_shard_is_named(
+    build: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], what: str
+) -> None:
+    file = shard(build, "joined")
+    damage(file)
+    lines = bad(build, capsys)
+    assert f"joined/train/{file.name}" in lines[0]
+    assert what in lines[0]
+    assert all("joined" in line for line in lines)  # the counts that follow from it, and no other stream
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("joined/train/index.json", "SHA-256"),
+        ("tokenizer/tokenizer.json", "not the tokenizer of the manifest"),
+        ("rejects/joined.jsonl.zst", "rejects/joined.jsonl.zst"),
+    ],
+)
+def test_other_damaged_files_are_named(
+    build: Path, capsys: pytest.CaptureFixture[str], file: str, message: str
+) -> None:
+    flip_a_bit(build / file)
+    assert message in bad(build, capsys)[0]
+
+
+def edit_manifest(build: Path, change: Callable[[Any], None]) -> None:
+    manifest = json.loads((build / "manifest.json").read_text())
+    change(manifest)
+    (build / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("key", ["blocks", "tokens", "padding", "documents", "shards"])
+def test_each_count_is_checked(build: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    def change(manifest: Any) -> None:
+        manifest["streams"]["talk"]["train"][key] += 1
+
+    edit_manifest(build, change)
+    assert any(f"talk/train: {key}: found" in line for line in bad(build, capsys))
+
+
+def test_rows_must_add_up(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(manifest: Any) -> None:
+        manifest["streams"]["joined"]["rows"]["filtered"]["too_short"] += 1
+        manifest["streams"]["alone"]["rows"]["rejected"]["nul"] = 1
+
+    edit_manifest(build, change)
+    lines = "\n".join(bad(build, capsys))
+    assert "joined: rows read: found 123, the manifest says 122" in lines
+    assert "rejects/alone.jsonl.zst: holds {'missing_field': 1}" in lines
+
+
+def rewrite(build: Path, stream: str, tokens: np.ndarray, masks: np.ndarray | None) -> None:
+    """Replace a train split by one sound shard of the given blocks, with index and manifest to match."""
+    folder = build / stream / "train"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    form = ShardFormat(BLOCK, "uint16", masks is not None, "zstd:3", "xxh3_64", 8192)
+    index = index_bytes([write_shard(form, folder, "shard.00000", tokens, masks)])
+    (folder / "index.json").write_bytes(index)
+
+    def change(manifest: Any) -> None:
+        manifest["streams"][stream]["train"]["index"] = hashlib.sha256(index).hexdigest()
+
+    edit_manifest(build, change)
+
+
+def test_wrong_tokens_under_right_hashes_are_found(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = np.full((3, BLOCK), 50)
+    tokens[1, 3] = 60_000
+    tokens[2, 5] = 2  # <|im_start|> in plain text
+    rewrite(build, "joined", tokens, None)
+    lines = "\n".join(bad(build, capsys))
+    assert "joined/train/shard.00000.mds.zstd: block 1 has an id outside of the vocabulary" in lines
+    assert "block 2 has a special token that no document may hold" in lines
+    assert "joined: largest token id: found 60000" in lines
+
+
+def test_a_record_table_that_lies_is_found(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_manifest(build, lambda manifest: manifest.update(block_len=16))
+    assert "columns of" in bad(build, capsys)[0]
+
+
+def test_index_names_are_not_paths(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = build / "joined" / "train"
+    index = json.loads((folder / "index.json").read_text())
+    file_of(index["shards"][0])["basename"] = "../../manifest.json"
+    data = json.dumps(index).encode()
+    (folder / "index.json").write_bytes(data)
+
+    def change(manifest: Any) -> None:
+        manifest["streams"]["joined"]["train"]["index"] = hashlib.sha256(data).hexdigest()
+
+    edit_manifest(build, change)
+    assert "is not a file name" in bad(build, capsys)[0]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"format": 2, "streams": {}}', '{"format": 1, "streams": {"../x": {}}}']
+)
+def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"no readable manifest\.json"):
+        verify_shards.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ([5, 6, 0, 7], None),
+        ([5, 0, 1, 1], None),
+        ([5, 6, 7, 100], "outside of the vocabulary"),
+        ([1, 1, 1, 1], "no token but padding"),
+        ([5, 0, 1, 6], "padding before a token"),
+        ([5, 6, 1, 1], "does not follow the end of a document"),
+        ([5, 2, 6, 0], "special token"),
+    ],
+)
+def test_rules_of_text_blocks(block: list[int], message: str | None) -> None:
+    good = [5, 0, 6, 0]
+    found = list(RULES.broken(np.array([good, block], dtype=np.uint16), None))
+    assert len(found) == (message is not None)
+    if message is not None:
+        assert message in found[0]
+        assert found[0].startswith("block 1 ")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("0000110", None),
+        ("0000000", None),
+        ("0000111", "over padding or the end"),
+        ("0000100", "before the assistant's closing token"),
+    ],
+)
+def test_rules_of_masks(mask: str, message: str | None) -> None:
+    tokens = np.array([[2, 5, 3, 2, 6, 3, 0]], dtype=np.uint16)
+    found = list(CHAT.broken(tokens, np.array([[c == "1" for c in mask]])))
+    assert [message in line for line in found if message] == [True] * (message is not None)
+    assert bool(found) == bool(message)
