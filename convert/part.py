@@ -250,8 +250,8 @@ class _Split:
             masked=self.form.masked,
         )
         mine = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
-        self.blocks: list[Array] = [mine.pop("blocks")] if mine else []
-        self.masks: list[Array] = [mine.pop("masks")] if mine and self.form.masked else []
+        self.blocks: list[Array] = [mine.pop("blocks")] if "blocks" in mine else []
+        self.masks: list[Array] = [mine.pop("masks")] if "masks" in mine else []
         if mine:
             self.packer.restore(mine)
 

@@ -1,0 +1,188 @@
+"""Killed anywhere, run again: the same bytes, and no committed shard made twice."""
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert import part as part_module
+from convert.part import Progress, part_folder, run_part
+from tests.convert import builds
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    builds.write_sources(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The output of an undisturbed build."""
+    folder = tmp_path_factory.mktemp("wanted")
+    builds.build_here(builds.config(sources, folder / "out"))
+    return builds.tree(folder / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_writes_the_same_bytes(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    code, said = builds.run(builds.config(sources, tmp_path / "out", workers=workers), tmp_path)
+    assert code == 0, said
+    assert builds.tree(tmp_path / "out") == wanted
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing in the builder catches it."""
+
+
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_module, "BATCH_ROWS", 5)
+
+
+def _plan(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a build that is planned and no further."""
+
+    class Stop(builds.Inline):
+        def wait(self, seconds: float) -> list[Any]:
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builds, "Inline", Stop)
+        with pytest.raises(_Killed):
+            builds.build_here(settings)
+    return Path(settings["output"]) / ".work"
+
+
+@pytest.mark.parametrize("stream", ["columns", "lines", "limited", "chats"])
+def test_a_part_stopped_at_any_batch_goes_on_behind_its_last_shard(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    _small_batches(monkeypatch)
+    settings = builds.config(sources, tmp_path / "out", part_bytes=1 << 20)
+    work = _plan(settings, monkeypatch)
+    limit = settings["streams"][stream].get("max_tokens")
+    moves: list[Progress] = []
+    run_part(work, stream, 0, limit, moves.append)
+    folder = part_folder(work, stream, 0)
+    complete = _shards(folder)
+    assert len(complete) > 3
+    for stop in range(1, len(moves), 3):
+        os.rename(folder, work / f"{stream}-{stop}")
+        seen = 0
+
+        def report(_: Progress, stop: int = stop) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            run_part(work, stream, 0, limit, report)
+        (folder / "train" / "shard.00000.00099.mds.zstd").write_bytes(b"torn")
+        (folder / "train" / ".shard.tmp").write_bytes(b"torn")
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("shard.*") if path.stat().st_size > 4}
+        again: list[Progress] = []
+        run_part(work, stream, 0, limit, again.append)
+        assert _shards(folder) == complete
+        assert {path: path.stat().st_mtime_ns for path in before} == before  # none was written again
+        redone = sum(move.tokens for move in moves[:stop]) + sum(m.tokens for m in again) - sum(m.tokens for m in moves)
+        assert redone <= 2 * 6000  # at most a shard, and the batch that filled it
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in builds.tree(folder).items() if name != "state.npz"}
+
+
+def _kill_until_done(
+    settings: dict[str, Any], folder: Path, delays: Iterator[float], most: int, sign: int = signal.SIGKILL
+) -> int:
+    """Kill the builder (its workers die with it) after each delay, then let it end; how often it was killed."""
+    kills = 0
+    while kills < most:
+        process = builds.start(settings, folder)
+        try:
+            said, _ = process.communicate(timeout=next(delays))
+            assert process.returncode == 0, said
+            return kills
+        except builds.subprocess.TimeoutExpired:
+            process.send_signal(sign)
+            process.communicate(timeout=60)  # the pipe closes when the last worker is gone
+            kills += 1
+    code, said = builds.run(settings, folder)
+    assert code == 0, said
+    return kills
+
+
+def test_killed_builds_end_in_the_same_bytes(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:
+    rng = random.Random(5)
+    delays = iter(lambda: rng.uniform(1.0, 4.0), None)
+    _kill_until_done(builds.config(sources, tmp_path / "out"), tmp_path, delays, most=3)
+    assert builds.tree(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_build_says_so_and_goes_on(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, number: int
+) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    process = builds.start(settings, tmp_path)
+    _wait_for(lambda: any((tmp_path / "out" / ".work").glob("parts/*/*/state.npz")), process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on from here" in said
+    assert "Traceback" not in said
+    code, said = builds.run(settings, tmp_path)
+    assert code == 0, said
+    assert "going on with the unfinished build" in said
+    assert builds.tree(tmp_path / "out") == wanted
+
+
+def test_a_killed_worker_is_reported_and_replaced(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:
+    process = builds.start(builds.config(sources, tmp_path / "out", workers=1), tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    killed: list[int] = []
+
+    def kill_a_worker() -> bool:
+        for child in children.read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+                killed.append(int(child))
+        return bool(killed)
+
+    _wait_for(kill_a_worker, process)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "it was killed (SIGKILL), which the system does when memory runs out; another goes on" in said
+    assert builds.tree(tmp_path / "out") == wanted
+
+
+def _wait_for(condition: Callable[[], bool], process: Any) -> None:
+    """Until `condition` holds; fails when the process ends first."""
+    while not condition():
+        with contextlib.suppress(builds.subprocess.TimeoutExpired):
+            process.wait(0.002)
+            raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.chaos
+def test_chaos_kills_of_local_builds(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:
+    rng = random.Random()
+    kills = rounds = 0
+    while kills < 60:
+        folder = tmp_path / f"round{rounds}"
+        folder.mkdir()
+        delays = iter(lambda: rng.uniform(0.5, 6.0), None)
+        workers = rng.choice([1, 2, 3])
+        kills += _kill_until_done(builds.config(sources, folder / "out", workers=workers), folder, delays, most=8)
+        assert builds.tree(folder / "out") == wanted
+        rounds += 1
+    print(f"\nlocal: {kills} kills over {rounds} builds, each ended byte-identical")
