@@ -83,7 +83,8 @@ def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks
         tokens, assistant = reader.read(np.zeros(count, np.int64), np.arange(count))
         for seq_len in lengths:
             blocks = EvalBlocks(tokens, assistant, seq_len, min(BATCH_BLOCKS, len(tokens)), marks)
-            loader = DataLoader(blocks, batch_size=None)
+            # A generator of its own: a loader draws a seed at each pass, which would move the run's random state.
+            loader = DataLoader(blocks, batch_size=None, generator=torch.Generator())
             spec = DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch["input_ids"]))
             found.append(
                 Evaluator(

@@ -6,8 +6,10 @@ weights have really seen. Then it loads the folder as a user would and compares 
 
 import argparse
 import json
+import pickle
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +67,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     import numpy
     import torch
     from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+    from torch.torch_version import TorchVersion
 
-    random_state = [_reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType]
+    # What Composer keeps beside the tensors: random states, durations, torch's version.
+    plain = [_reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType, timedelta, TorchVersion]
     try:
-        with torch.serialization.safe_globals(random_state):
+        with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True)["state"]
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except (RuntimeError, OSError, ValueError, KeyError, EOFError, TypeError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a checkpoint that can be read: {one_line(error)[:200]}") from None
     callbacks = dict(state["callbacks"])
     if "About" not in callbacks:

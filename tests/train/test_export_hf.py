@@ -1,0 +1,63 @@
+"""A checkpoint becomes a folder that `transformers` loads, with the same logits."""
+
+import pytest
+import torch
+
+from chimera.cli import UserError
+from tests.train.conftest import weights_of
+from train.export_hf import main
+from train.main import main as train
+
+
+def test_a_checkpoint_loads_in_transformers_with_the_same_logits(overrides, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train(overrides("run", "max_duration=5ba"))
+    assert main([str(tmp_path / "run" / "latest-rank0.pt"), str(tmp_path / "out")]) == 0
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights = weights_of(tmp_path / "run", 5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.{name}"]), name
+    ids = torch.arange(40)[None]
+    model.eval()
+    assert torch.isfinite(model(ids).logits).all()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "Ciao"}, {"role": "assistant", "content": "Salve"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text == "<|im_start|>user\nCiao<|im_end|>\n<|im_start|>assistant\nSalve<|im_end|>"
+    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+    assert tokenizer.eos_token == "<|endoftext|>"
+    ends = model.generation_config.eos_token_id
+    assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "after 5 steps on 2,560 tokens" in card  # 5 steps of 4 blocks of 128 tokens
+    assert "| en_cosmopedia | 1,408 | 55.00% |" in card
+
+    with pytest.raises(UserError, match="is not empty"):
+        main([str(tmp_path / "run" / "latest-rank0.pt"), str(tmp_path / "out")])
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        main([str(tmp_path / "none.pt"), str(tmp_path / "out")])
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(UserError, match="not a checkpoint that can be read"):
+        main([str(tmp_path / "torn.pt"), str(tmp_path / "out")])
+    torch.save({"state": {"model": {}, "callbacks": {}}}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="not written by train/main"):
+        main([str(tmp_path / "foreign.pt"), str(tmp_path / "out")])
+
+
+def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trapped"), "w"))
+
+    torch.save({"state": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(UserError, match="not a checkpoint that can be read"):
+        main([str(tmp_path / "trap.pt"), str(tmp_path / "out")])
+    assert not (tmp_path / "trapped").exists()

@@ -1,0 +1,121 @@
+"""Training on real shards with Composer itself: phases, stages, stops and resumes, all in one process."""
+
+import json
+
+import pytest
+import torch
+
+from chimera.cli import UserError
+from tests.train.conftest import steps_of, weights_of
+from train.main import main
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def whole(overrides, tmp_path):
+    """An uninterrupted run of both phases."""
+    main(overrides("whole"))
+    return tmp_path / "whole"
+
+
+def test_phases_as_files_stops_and_one_run_give_the_same_weights(whole, overrides, tmp_path):
+    reference = steps_of(whole)
+    assert [line["step"] for line in reference] == list(range(30))
+    assert [line["seq_len"] for line in reference] == [32] * 8 + [64] * 8 + [128] * 14
+    assert [line["phase"] for line in reference] == ["knowledge"] * 20 + ["alignment"] * 10
+
+    # stopped in a stage, at a stage's edge and at the phase's edge
+    for until in (7, 16, 20, 30):
+        main(overrides("parts", f"max_duration={until}ba"))
+    assert steps_of(tmp_path / "parts") == reference
+    assert same(weights_of(tmp_path / "parts", 30), weights_of(whole, 30))
+
+    # the realised mix is within one block of its target at every step
+    shares = {"en_cosmopedia": 0.55, "it_culturax": 0.35, "it_instructions": 0.1}
+    seen = dict.fromkeys(shares, 0)
+    for line in reference[:20]:
+        for name in shares:
+            seen[name] += line["streams"][name] // 128
+        for name, share in shares.items():
+            assert abs(seen[name] - share * sum(seen.values())) < 1
+
+    # a finished run says so and changes nothing
+    before = (tmp_path / "parts" / "steps.jsonl").read_bytes()
+    assert main(overrides("parts")) == 0
+    assert (tmp_path / "parts" / "steps.jsonl").read_bytes() == before
+
+
+def test_history_cannot_change_but_the_future_can(overrides, tmp_path):
+    main(overrides("run", "max_duration=20ba"))
+    other = "phases.{}.proportions={{en_cosmopedia: 0.5, it_culturax: 0.4, it_instructions: 0.1}}"
+    with pytest.raises(UserError, match=r"proportions at step 0 .*0\.5|proportions at step 0"):
+        main(overrides("run", other.format(0)))
+    with pytest.raises(UserError, match="seed"):
+        main(overrides("run", "seed=18"))
+    assert len(steps_of(tmp_path / "run")) == 20
+    main(overrides("run", other.format(1)))
+    last = steps_of(tmp_path / "run")[20:]
+    blocks = {name: sum(line["streams"][name] for line in last) // 128 for name in last[0]["streams"]}
+    assert blocks == {"en_cosmopedia": 80, "it_culturax": 64, "it_instructions": 16}
+
+
+def test_a_finished_plan_can_be_prolonged(overrides, tmp_path):
+    main(overrides("run", "phases.1.steps=4", "scheduler.name=constant", "scheduler.decay_steps=0"))
+    main(overrides("run", "scheduler.name=constant", "scheduler.decay_steps=0"))
+    main(overrides("once", "scheduler.name=constant", "scheduler.decay_steps=0"))
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "once")
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over(whole, overrides, capsys):
+    newest = whole / "ep0-ba30-rank0.pt"
+    reference, weights = steps_of(whole), weights_of(whole, 30)
+    newest.write_bytes(newest.read_bytes()[:20_000])
+    main(overrides("whole"))
+    assert "ep0-ba30-rank0.pt is damaged" in capsys.readouterr().err
+    assert steps_of(whole) == reference
+    assert same(weights_of(whole, 30), weights)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_batch(overrides, tmp_path):
+    with pytest.raises(
+        UserError, match=r"the loss is (nan|inf) at step \d+ \(phase knowledge.*inspect_batch"
+    ) as caught:
+        main(overrides("run", "optimizer.lr=1e30", "optimizer.clip_norm=null", "scheduler.warmup_steps=0"))
+    stopped = steps_of(tmp_path / "run")
+    assert f"at step {len(stopped)} " in str(caught.value)
+
+
+def test_evaluation_and_generation_leave_the_run_as_it_is(whole, overrides, tmp_path):
+    main(overrides("evaluated", "eval={interval: 6, blocks: 5, seq_lens: [64]}", "generate.interval=9"))
+    assert steps_of(tmp_path / "evaluated") == steps_of(whole)
+    assert same(weights_of(tmp_path / "evaluated", 30), weights_of(whole, 30))
+    lines = [json.loads(line) for line in (tmp_path / "evaluated" / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line for line in lines if "metrics/eval/it_culturax/64/loss" in line}
+    assert sorted(measured) == [5, 11, 17, 23, 29]
+    last = measured[29]
+    for stream in ("en_cosmopedia", "it_culturax", "it_instructions"):
+        loss, perplexity = (last[f"metrics/eval/{stream}/64/{name}"] for name in ("loss", "perplexity"))
+        assert perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+
+
+def test_microbatches_change_the_loss_by_float_error_only(overrides, tmp_path):
+    no_dropout = "model.attention_dropout=0.0"
+    main(overrides("one", no_dropout, "max_duration=12ba"))
+    main(overrides("many", no_dropout, "max_duration=12ba", "device_train_microbatch_tokens=128"))
+    for a, b in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "many"), strict=True):
+        assert a["digest"] == b["digest"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_training_on_what_the_assistant_says_only(overrides, tmp_path):
+    main(overrides("run", "train_on=assistant", "max_duration=6ba"))
+    main(overrides("all", "max_duration=6ba"))
+    some, everything = steps_of(tmp_path / "run"), steps_of(tmp_path / "all")
+    assert [line["digest"] for line in some] == [line["digest"] for line in everything]
+    chat = [line["streams"]["it_instructions"] > 0 for line in everything]
+    first = chat.index(True)
+    assert some[:first] == everything[:first]  # text is trained in full
+    assert some[first]["loss"] != everything[first]["loss"]
