@@ -46,29 +46,34 @@ def build(settings: Any) -> None:
     from convert.dispatch import Dispatcher
     from convert.encoding import Encoder
     from convert.engine import make_engine
+    from convert.outputs import open_output
     from convert.part import load_plan
     from convert.publish import publish
 
     work = settings.work_folder
     digest = Encoder.from_settings(settings.tokenizer).digest
-    if not work.exists() and planning.finished(settings, digest):
+    output = open_output(settings)
+    if not work.exists() and planning.finished(settings, output, digest):
+        shutil.rmtree(work, ignore_errors=True)  # reading a store leaves traces there
         return
     work.mkdir(parents=True, exist_ok=True)
     with journal.locked(work / "lock", wait=False) as free:
         if not free:
             raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
-        if planning.finished(settings, digest):
+        if planning.finished(settings, output, digest):
+            output.release()
             shutil.rmtree(work)
             return
-        plan = planning.current_plan(settings, work, digest)
-        streams = load_plan(work).streams
+        output.claim(work, settings.rebuild)
+        plan = planning.current_plan(settings, work, output, digest)
+        planned = load_plan(work)
         engine = make_engine(settings, work)
         try:
-            dispatcher = Dispatcher(streams, work, not settings.remote, settings.stall_after)
+            dispatcher = Dispatcher(planned.streams, work, not settings.remote, settings.stall_after)
             parts = dispatcher.run(engine)
         finally:
             engine.close()
-        manifest = publish(plan, settings, streams, parts, work)
+        manifest = publish(plan, planned, parts, work, output)
         shutil.rmtree(work)
     for name, stream in manifest["streams"].items():
         train, rows = stream["train"], stream["rows"]

@@ -20,8 +20,9 @@ from convert.journal import SPLITS, PartState
 from convert.packing import Packer
 from convert.reading import Position, Row, Span, reject_line
 from convert.settings import BuildSettings, StreamSettings, TokenizerSettings, settings_from
-from convert.shards import Array, ShardFormat, write_shard
+from convert.shards import Array, ShardFormat, file_of, write_shard
 from convert.sources import Part, rows
+from convert.store import Sender, Store
 
 BATCH_CHARS = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
@@ -123,9 +124,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
 
 def fits(state: PartState, limit: int | None) -> bool:
     """Whether a part's state leads to, or is, what the part must hold under `limit` train tokens."""
-    if limit is None:
-        return state.limit is None
-    if state.done and state.limit is not None:
+    if limit is None or state.limit is not None:
         return state.limit == limit
     return state.splits["train"].tokens < limit
 
@@ -140,6 +139,9 @@ class _Part:
         self.state, arrays = journal.load(folder)
         journal.clean(folder, self.state)
         self.splits = {name: _Split(name, self, arrays) for name in SPLITS}
+        self.sender = (
+            Sender(Store(build.output, folder.with_suffix(".sending"), build.retries)) if build.remote else None
+        )
         self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "_Part":
@@ -149,6 +151,7 @@ class _Part:
         self.rejects.close()
 
     def run(self, limit: int | None, report: Report) -> None:
+        self._send()
         for batch in _batches(self._documents()):
             moved = self._add(batch, limit)
             if any(split.pending_blocks >= self.form.blocks_per_shard for split in self.splits.values()):
@@ -158,11 +161,16 @@ class _Part:
                 break
         for split in self.splits.values():
             split.finish()
+        self._commit()
+        if self.sender:
+            self.sender.finish()
         self.state.done = True
         self._commit()
 
     def _documents(self) -> Iterator[Found]:
         """The rows from the committed position on."""
+        if self.state.limit is not None:
+            return  # stopped before its last commit
         start = Position(self.state.number, self.state.offset)
         for index in range(self.state.span, len(self.part.spans)):
             for row in rows(self.part.spans[index], self.plan.column, start, self.build.retries):
@@ -219,6 +227,18 @@ class _Part:
         self.state.reject_bytes = self.rejects.tell()
         arrays = {f"{n}.{k}": v for n, split in self.splits.items() for k, v in split.arrays().items()}
         journal.save(self.folder, self.state, arrays)
+        self._send()
+
+    def _send(self) -> None:
+        """Hand the committed shards that are still here to the sender."""
+        if self.sender is None:
+            return
+        for name, split in self.splits.items():
+            for entry in split.state.shards[split.sent :]:
+                file = self.folder / name / file_of(entry)["basename"]
+                if file.exists():
+                    self.sender.send(file, f"{self.plan.name}/{name}/{file.name}")
+            split.sent = len(split.state.shards)
 
 
 def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
@@ -240,6 +260,7 @@ class _Split:
 
     def __init__(self, name: str, part: _Part, arrays: dict[str, Array]) -> None:
         self.name, self.part, self.form = name, part, part.form
+        self.sent = 0  # shards handed to the sender
         self.state = part.state.splits[name]
         encoder = part.encoder
         self.packer = Packer(

@@ -16,7 +16,7 @@ import numpy as np
 from chimera.cli import UserError, say
 from convert.documents import Document, DocumentReader, Dropped
 from convert.encoding import Encoder, tokenizer_file
-from convert.journal import SPLITS
+from convert.outputs import Output
 from convert.reading import Position
 from convert.settings import BuildSettings, StreamSettings, differences, identity
 from convert.shards import Json, write_file
@@ -26,13 +26,13 @@ SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agre
 SAMPLE_CHARS = 1 << 20
 
 
-def current_plan(settings: BuildSettings, work: Path, digest: str) -> Json:
+def current_plan(settings: BuildSettings, work: Path, output: Output, digest: str) -> Json:
     """The plan of the unfinished build in `work`, or a new one.
 
     Raises `UserError` when the output or the unfinished build has other settings, another tokenizer (`digest`) or
     other files, unless `rebuild` is set: then what is there is removed first.
     """
-    plan = stored(work / "plan.json")
+    plan = parsed((work / "plan.json").read_bytes(), work) if (work / "plan.json").exists() else None
     if plan is not None:
         found = changes(plan, settings, digest)
         if not found:
@@ -40,19 +40,16 @@ def current_plan(settings: BuildSettings, work: Path, digest: str) -> Json:
             return plan
         if not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", found))
-    output = Path(settings.output)
-    taken = [output / name for name in settings.streams if (output / name).exists()]
-    if taken and not settings.rebuild:
-        raise UserError(f"{taken[0]} exists and is not of this build: choose another `output` or set `rebuild=true`")
-    _remove(output, stored(output / "manifest.json"), settings)
-    for old in (work / "plan.json", work / "parts"):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    older = [old["streams"] for old in (plan, manifest_of(output)) if old]
+    output.clear(sorted({*settings.streams, *(name for streams in older for name in streams)}), settings.rebuild)
+    (work / "plan.json").unlink(missing_ok=True)
+    shutil.rmtree(work / "parts", ignore_errors=True)
     return make_plan(settings, work)
 
 
-def finished(settings: BuildSettings, digest: str) -> bool:
+def finished(settings: BuildSettings, output: Output, digest: str) -> bool:
     """Whether the output is this build, whole. Raises `UserError` with the difference when it is another one."""
-    manifest = stored(Path(settings.output) / "manifest.json")
+    manifest = manifest_of(output)
     if manifest is None:
         return False
     found = changes(manifest, settings, digest)
@@ -72,25 +69,18 @@ def refusal(what: str, found: list[str]) -> str:
     )
 
 
-def _remove(output: Path, manifest: Json | None, settings: BuildSettings) -> None:
-    """Remove an older build: its manifest first, so that nothing half removed looks whole."""
-    (output / "manifest.json").unlink(missing_ok=True)
-    for name in {*(manifest or {"streams": {}})["streams"], *settings.streams}:
-        for split in SPLITS:
-            shutil.rmtree(output / name / split, ignore_errors=True)
-        (output / "rejects" / f"{name}.jsonl.zst").unlink(missing_ok=True)
-        if (output / name).is_dir():
-            (output / name).rmdir()
+def manifest_of(output: Output) -> Json | None:
+    """The output's manifest, or `None` before it is whole."""
+    data = output.read("manifest.json")
+    return None if data is None else parsed(data, output.name)
 
 
-def stored(path: Path) -> Json | None:
-    """A JSON file of ours, or `None` where there is none."""
+def parsed(data: bytes, where: object) -> Json:
+    """A JSON file of ours."""
     try:
-        value: Json = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        value: Json = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove its folder to start anew") from None
+        raise UserError(f"a file of {where} is damaged ({error}): remove it to start anew") from None
     return value
 
 

@@ -4,51 +4,35 @@ Every step can be done again, so a build killed while publishing goes on publish
 """
 
 import json
-import shutil
 from pathlib import Path
 
-from chimera.cli import UserError
 from convert.journal import SPLITS, PartState
-from convert.part import StreamPlan, part_folder
+from convert.outputs import Output
+from convert.part import PlannedBuild, StreamPlan, part_folder
 from convert.settings import BuildSettings
-from convert.shards import Json, digest, file_of, index_bytes, sync_folder, write_file
+from convert.shards import Json, digest, file_of, index_bytes
 
 
-def publish(
-    plan: Json, settings: BuildSettings, streams: dict[str, StreamPlan], parts: dict[str, list[PartState]], work: Path
-) -> Json:
-    """Move everything to the output; returns the manifest."""
-    manifest = make_manifest(plan, settings, parts)
+def publish(plan: Json, build: PlannedBuild, parts: dict[str, list[PartState]], work: Path, output: Output) -> Json:
+    """Bring everything to the output; returns the manifest."""
+    manifest = make_manifest(plan, build.settings, parts)
     check_sums(manifest)
-    output = Path(settings.output)
-    for name in streams:
+    for name, states in parts.items():
         for split in SPLITS:
-            _publish_split(work, output, name, split, parts[name])
-        (output / "rejects").mkdir(parents=True, exist_ok=True)
-        write_file(output / "rejects" / f"{name}.jsonl.zst", rejects(streams[name], parts[name], work))
-    (output / "tokenizer").mkdir(exist_ok=True)
-    write_file(output / "tokenizer" / "tokenizer.json", (work / "tokenizer.json").read_bytes())
-    write_file(output / "manifest.json", manifest_bytes(manifest))
+            entries = []
+            for index, state in enumerate(states):
+                for entry in state.splits[split].shards:
+                    file = file_of(entry)
+                    made = part_folder(work, name, index) / split / file["basename"]
+                    output.adopt(made, f"{name}/{split}/{file['basename']}", file["bytes"])
+                    entries.append(entry)
+            if entries:
+                output.write(f"{name}/{split}/index.json", index_bytes(entries))
+        output.write(f"rejects/{name}.jsonl.zst", rejects(build.streams[name], states, work))
+    output.write("tokenizer/tokenizer.json", (work / "tokenizer.json").read_bytes())
+    output.write("manifest.json", manifest_bytes(manifest))
+    output.release()
     return manifest
-
-
-def _publish_split(work: Path, output: Path, stream: str, split: str, parts: list[PartState]) -> None:
-    entries = [entry for part in parts for entry in part.splits[split].shards]
-    if not entries:
-        return
-    folder = output / stream / split
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, part in enumerate(parts):
-        for entry in part.splits[split].shards:
-            file = file_of(entry)
-            made = part_folder(work, stream, index) / split / file["basename"]
-            if made.exists():
-                shutil.move(made, folder / file["basename"])
-            place = folder / file["basename"]
-            if not place.exists() or place.stat().st_size != file["bytes"]:
-                raise UserError(f"{place} is missing or damaged: remove {work} and build again")
-    sync_folder(folder)
-    write_file(folder / "index.json", index_bytes(entries))
 
 
 def make_manifest(plan: Json, settings: BuildSettings, parts: dict[str, list[PartState]]) -> Json:

@@ -1,0 +1,146 @@
+"""Where a build ends up: a folder or an object store. Both take finished shards, small files, then the manifest."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from chimera.cli import UserError, say
+from convert.journal import SENT, SPLITS
+from convert.settings import BuildSettings
+from convert.shards import sync_folder, write_file
+from convert.store import Store
+
+CLAIM = "builder.json"  # while a build writes to a store: who it is
+
+
+class Output(Protocol):
+    name: str
+
+    def read(self, key: str) -> bytes | None:
+        """A small file of the output, or `None`."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """A small file, whole or not at all."""
+        ...
+
+    def adopt(self, made: Path, key: str, size: int) -> None:
+        """Take over the finished shard `made` of `size` bytes as `key`; again after a kill."""
+        ...
+
+    def claim(self, work: Path, rebuild: bool) -> None:
+        """Refuse with `UserError` when another work folder's build has begun here."""
+        ...
+
+    def clear(self, streams: Iterable[str], rebuild: bool) -> None:
+        """Make room for a new build of `streams`: remove an older one under `rebuild`, else refuse what is there."""
+        ...
+
+    def release(self) -> None:
+        """The build is whole: give up the claim."""
+        ...
+
+
+def open_output(settings: BuildSettings) -> Output:
+    """The output the settings name."""
+    if settings.remote:
+        return StoreOutput(settings.output, settings.work_folder, settings.retries)
+    return FolderOutput(settings.output)
+
+
+class FolderOutput:
+    """A local folder. The lock of its work folder keeps other builders out, so there is nothing to claim."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._root = name, Path(name)
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            return (self._root / key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, data: bytes) -> None:
+        (self._root / key).parent.mkdir(parents=True, exist_ok=True)
+        write_file(self._root / key, data)
+
+    def adopt(self, made: Path, key: str, size: int) -> None:
+        place = self._root / key
+        if made.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(made, place)
+            sync_folder(place.parent)
+        if not place.exists() or place.stat().st_size != size:
+            raise UserError(f"{place} is missing or damaged: set `rebuild=true` and build again")
+
+    def claim(self, work: Path, rebuild: bool) -> None:
+        pass
+
+    def clear(self, streams: Iterable[str], rebuild: bool) -> None:
+        streams = list(streams)
+        taken = [self._root / name for name in streams if (self._root / name).exists()]
+        if taken and not rebuild:
+            raise UserError(f"{taken[0]} is not of this build: choose another `output` or set `rebuild=true`")
+        (self._root / "manifest.json").unlink(missing_ok=True)  # first: nothing half removed may look whole
+        for name in streams:
+            for split in SPLITS:
+                shutil.rmtree(self._root / name / split, ignore_errors=True)
+            (self._root / "rejects" / f"{name}.jsonl.zst").unlink(missing_ok=True)
+            if (self._root / name).is_dir():
+                (self._root / name).rmdir()
+
+    def release(self) -> None:
+        pass
+
+
+class StoreOutput:
+    """An object store, to which the workers have sent the shards already.
+
+    Stores have no locks: the object `builder.json` says which work folder's build is under way, which keeps out a
+    builder on another machine unless both begin in the same second.
+    """
+
+    def __init__(self, name: str, work: Path, retries: int) -> None:
+        self.name = name
+        self._work = work
+        self._store = Store(name, work / "publishing", retries)
+
+    def read(self, key: str) -> bytes | None:
+        return self._store.get(key)
+
+    def write(self, key: str, data: bytes) -> None:
+        file = self._work / "publishing" / "file"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        self._store.put(file, key)
+
+    def adopt(self, made: Path, key: str, size: int) -> None:
+        if not made.with_name(made.name + SENT).exists():
+            raise UserError(f"{self.name}/{key} was not uploaded: remove {self._work} and build again")
+
+    def claim(self, work: Path, rebuild: bool) -> None:
+        mine = work / "builder"
+        if not mine.exists():
+            write_file(mine, secrets.token_hex(8).encode())
+        claim = json.dumps({"builder": mine.read_text()}).encode()
+        if self._store.get(CLAIM) not in (None, b"{}", claim) and not rebuild:
+            raise UserError(
+                f"another builder is writing {self.name}, or was stopped: wait for it or run its command again, or "
+                "take over with `rebuild=true`"
+            )
+        self.write(CLAIM, claim)
+        if self._store.get(CLAIM) != claim:
+            raise UserError(f"another builder began to write {self.name} at the same time: wait for it")
+
+    def clear(self, streams: Iterable[str], rebuild: bool) -> None:
+        """Objects cannot be removed on every store, so an older build must go before a new one of another shape."""
+        if self._store.get("manifest.json") is not None:
+            raise UserError(f"remove the objects below {self.name} before it is built anew")
+
+    def release(self) -> None:
+        if not self._store.delete(CLAIM):
+            self.write(CLAIM, b"{}")
+            say(f"{self.name}/{CLAIM} may be removed")

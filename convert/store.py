@@ -1,0 +1,182 @@
+"""An object store as the output: files go up through streaming's own uploaders and are read back and compared.
+
+Streaming can write to a dozen stores but neither ask one whether an object is there nor delete one, so existence is
+found by downloading, and deletion is offered where the client is boto3's (S3 and what speaks it).
+"""
+
+import filecmp
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from chimera.cli import UserError, one_line, say
+from convert.journal import SENT
+
+LONGEST_WAIT = 60.0  # seconds between two attempts
+DOWNLOAD_SECONDS = 300.0  # to read one object back
+WAITING_SHARDS = 2  # files of a part that may wait for their upload
+
+Result = TypeVar("Result")
+
+
+class Refused(Exception):
+    """The store said no in a way that trying again will not change."""
+
+
+class Store:
+    """Objects below `root` (a URL), through `scratch`, a local folder of this process alone."""
+
+    def __init__(self, root: str, scratch: Path, retries: int) -> None:
+        self._root, self._scratch, self._retries = root.rstrip("/"), scratch, retries
+        self._uploader: Any = None
+
+    def put(self, file: Path, key: str) -> None:
+        """Make the object `key` hold what `file` holds, and see that it does.
+
+        Raises `UserError` when the store stays out of reach or keeps giving back other bytes.
+        """
+        self._attempt(f"upload of {self._root}/{key}", lambda: self._put(file, key))
+
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes, or `None` where there is none."""
+        return self._attempt(f"read of {self._root}/{key}", lambda: self._get(key))
+
+    def delete(self, key: str) -> bool:
+        """Remove an object, where the client can; whether it could."""
+        client = getattr(self._connected(), "s3", None)
+        if client is None:
+            return False
+        place = urlsplit(f"{self._root}/{key}")
+        self._attempt(
+            f"removal of {self._root}/{key}",
+            lambda: client.delete_object(Bucket=place.netloc, Key=place.path.lstrip("/")),
+        )
+        return True
+
+    def _put(self, file: Path, key: str) -> None:
+        uploader = self._connected()
+        staged = Path(uploader.local) / key
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        staged.unlink(missing_ok=True)
+        try:
+            os.link(file, staged)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, staged)
+        back = self._scratch / "back"
+        try:
+            uploader.upload_file(key)
+            self._download(key, back)
+            if not filecmp.cmp(file, back, shallow=False):
+                raise OSError("the store gave back other bytes than it was sent")
+        finally:
+            staged.unlink(missing_ok=True)
+            back.unlink(missing_ok=True)
+
+    def _get(self, key: str) -> bytes | None:
+        place = self._scratch / "get"
+        try:
+            self._download(key, place)
+            return place.read_bytes()
+        except Exception as error:
+            if _status(error) == 404:
+                return None
+            raise
+        finally:
+            place.unlink(missing_ok=True)
+
+    def _download(self, key: str, place: Path) -> None:
+        from streaming.base.storage.download import CloudDownloader
+
+        place.unlink(missing_ok=True)  # a downloader leaves a file that is there alone
+        CloudDownloader.direct_download(f"{self._root}/{key}", str(place), DOWNLOAD_SECONDS)
+
+    def _connected(self) -> Any:
+        """The uploader; made when first needed, since its import takes seconds."""
+        if self._uploader is None:
+            from streaming.base.storage.upload import CloudUploader
+
+            staging = self._scratch / "staging"
+            staging.mkdir(parents=True, exist_ok=True)
+            try:
+                self._uploader = CloudUploader.get((str(staging), self._root), keep_local=True, retry=1, exist_ok=True)
+            except (KeyError, ValueError) as error:
+                raise Refused(one_line(error)) from None
+        return self._uploader
+
+    def _attempt(self, what: str, act: Callable[[], Result]) -> Result:
+        for attempt in range(1, self._retries + 1):
+            try:
+                return act()
+            except Exception as error:
+                said = one_line(error)[:300] or type(error).__name__
+                final = isinstance(error, (Refused, ImportError)) or _status(error) in (401, 403, 404)
+                if final or attempt == self._retries or type(error).__name__ == "NoCredentialsError":
+                    raise UserError(
+                        f"{what} failed after {attempt} attempt{'s' if attempt > 1 else ''}: {said}: mend it and run "
+                        "the same command again; it goes on where it stopped"
+                    ) from None
+                seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1))
+                say(f"{what}: {said}; attempt {attempt + 1} of {self._retries} in {seconds:g} s")
+                time.sleep(seconds)
+        raise AssertionError("unreachable")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an exception of any of the stores' clients."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        code: Any = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+        for found in (code, *(getattr(error, name, None) for name in ("status_code", "status", "code"))):
+            if str(found).isdigit():
+                return int(found)
+        if code in ("NoSuchKey", "NoSuchBucket") or isinstance(error, FileNotFoundError):
+            return 404
+        error = error.__cause__
+    return None
+
+
+class Sender:
+    """Uploads the shards of one part behind its back, in order, and removes each local file once it is up.
+
+    An empty file `NAME.sent` then stands for the shard, so a rerun knows.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue(WAITING_SHARDS)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def send(self, file: Path, key: str) -> None:
+        """Hand a file over; waits while too many others do, so that local disk use stays bounded."""
+        self._queue.put((file, key))
+        self._raise()
+
+    def finish(self) -> None:
+        """Wait for every upload. Raises what an upload raised."""
+        self._queue.put(None)
+        self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # keep taking, so that nobody waits for room
+            file, key = item
+            try:
+                self._store.put(file, key)
+                file.with_name(file.name + SENT).touch()
+                file.unlink()
+            except BaseException as error:
+                self._error = error
