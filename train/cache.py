@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from chimera.cli import UserError, say
+from train import ordering
 from train.index import Shard, StoredFile, StreamIndex
-from train.ordering import WINDOW_BLOCKS, WINDOW_PIECES
 from train.remote import download
 
 
@@ -45,8 +45,8 @@ def smallest_cache(indexes: Iterable[StreamIndex], lanes: int) -> int:
     for index in indexes:
         most = max(index.shards, key=lambda shard: shard.blocks)
         # a window ends with the piece that fills it, and a lane's run may begin and end inside a shard
-        blocks = WINDOW_BLOCKS + 3 * most.blocks
-        window = min(WINDOW_PIECES * most.raw.bytes, blocks * -(-most.raw.bytes // most.blocks))
+        blocks = ordering.WINDOW_BLOCKS + 3 * most.blocks
+        window = min(ordering.WINDOW_PIECES * most.raw.bytes, blocks * -(-most.raw.bytes // most.blocks))
         total += min(2 * lanes * window, sum(shard.raw.bytes for shard in index.shards))
     return total
 
