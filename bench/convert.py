@@ -1,0 +1,195 @@
+"""The builder end to end against its tokenizer alone and against the usual way, on the same text in one run.
+
+`python bench/convert.py [--data GLOB ...] [--tokenizer PATH] [--megabytes N] [--rounds N] [--json FILE]`
+
+    builder   convert/build_shards.py: parquet in, compressed and hashed MDS shards and manifest out
+    (a)       `tokenizers.encode_batch_fast` on all cores, text already in memory, nothing written
+    (b)       `datasets` streaming, one `tokenizer(text)` call a document in DataLoader workers, MDSWriter
+
+Each way's tokens are compared with the others' outside of its time. Compare ratios within a run; each way's time is
+the best of the rounds.
+"""
+
+import argparse
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+BLOCK_LEN, EOS_ID, PAD_ID = 1024, 0, 1
+FILES = 8
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", nargs="+", default=[str(SHARED / "*" / "*.parquet")], help="parquet with `text`")
+    parser.add_argument("--tokenizer", default=str(SHARED / "tokenizer"))
+    parser.add_argument("--megabytes", type=int, default=200, help="the data is repeated until it is this large")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    tokenizer = Path(args.tokenizer) / "tokenizer.json"
+    with tempfile.TemporaryDirectory() as folder:
+        files, size = prepare(args.data, args.megabytes * 10**6, Path(folder))
+        ways: dict[str, Callable[[list[str], Path, Path], tuple[float, np.ndarray]]] = {
+            "builder": builder,
+            "encode_batch_fast": encode_batch_fast,
+            "usual": usual,
+        }
+        seconds: dict[str, float] = {}
+        counts: dict[str, np.ndarray] = {}
+        for turn in range(args.rounds):
+            for name, way in ways.items():
+                spent, counts[name] = way(files, tokenizer, Path(folder, f"{name}{turn}"))
+                seconds[name] = min(spent, seconds.get(name, spent))
+                print(f"round {turn}: {name}: {spent:.1f} s, {size / spent / 1e6:.1f} MB/s", file=sys.stderr)
+    speeds = {name: size / spent / 1e6 for name, spent in seconds.items()}
+    found = {
+        "cores": CORES,
+        "megabytes": round(size / 1e6, 1),
+        "megabytes_per_second": {name: round(speed, 1) for name, speed in speeds.items()},
+        "builder_times_encode_batch_fast": round(speeds["builder"] / speeds["encode_batch_fast"], 1),
+        "builder_times_usual": round(speeds["builder"] / speeds["usual"], 1),
+        "tokens": int(counts["builder"].sum()),
+        "same_ids": all(np.array_equal(count, counts["builder"]) for count in counts.values()),
+    }
+    print(json.dumps(found, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def prepare(patterns: list[str], size: int, folder: Path) -> tuple[list[str], int]:
+    """`FILES` parquet files of at least `size` bytes of text together; the files and the exact size."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sources = sorted(file for pattern in patterns for file in glob.glob(pattern))
+    texts = [t for file in sources for t in pq.read_table(file, columns=["text"])["text"].to_pylist() if t]
+    texts = [text for text in texts if len(text) >= 50]
+    once = sum(len(text.encode()) for text in texts)
+    times = -(-size // once)
+    files = []
+    for i in range(FILES):
+        share = texts * (times // FILES + (i < times % FILES))
+        if not share:
+            continue
+        file = str(folder / f"text{i}.parquet")
+        pq.write_table(pa.table({"text": share}), file, row_group_size=1000, compression="zstd")
+        files.append(file)
+    return files, once * times
+
+
+def builder(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.ndarray]:
+    """Our builder as a user runs it, its start included."""
+    config = {
+        "output": str(out),
+        "tokenizer": {"path": str(tokenizer)},
+        "block_len": BLOCK_LEN,
+        "eval_fraction": 0.0,
+        "streams": {"text": {"min_tokens": 0, "sources": [{"files": files}]}},
+    }
+    file = out.with_suffix(".yaml")
+    file.write_text(json.dumps(config))
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, ROOT / "convert" / "build_shards.py", file], check=True, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    spent = time.perf_counter() - began
+    return spent, histogram(out / "text" / "train", "<u2")
+
+
+def encode_batch_fast(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.ndarray]:
+    """Only the encoding calls, in batches of 1 000 texts; reading and what is done with the ids is not counted."""
+    return child("_encode_alone", tokenizer, out, files), np.load(f"{out}.npy")
+
+
+def child(function: str, tokenizer: Path, out: Path, files: list[str]) -> float:
+    """Run a function of this file in a process of its own; the seconds it says it took."""
+    code = f"import sys; sys.path[0] = sys.argv[1]; from bench.convert import {function} as f; print(f(*sys.argv[2:]))"
+    command = [sys.executable, "-c", code, str(ROOT), str(tokenizer), str(out), *files]
+    return float(subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
+
+
+def _encode_alone(tokenizer: str, out: str, *files: str) -> float:
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(tokenizer)
+    spent, counts = 0.0, np.zeros(1 << 16, np.int64)
+    for file in files:
+        texts = pq.read_table(file)["text"].to_pylist()
+        for start in range(0, len(texts), 1000):
+            began = time.perf_counter()
+            batch = loaded.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
+            spent += time.perf_counter() - began
+            for encoding in batch:
+                counts += np.bincount([*encoding.ids, EOS_ID], minlength=1 << 16)
+    np.save(f"{out}.npy", counts)
+    return spent
+
+
+def usual(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.ndarray]:
+    """The pattern of today's conversion scripts; its long imports are not counted."""
+    return child("_usual", tokenizer, out, files), histogram(out, "<i4")
+
+
+def _usual(tokenizer: str, out: str, *files: str) -> float:
+    from datasets import load_dataset
+    from streaming import MDSWriter
+    from torch.utils.data import DataLoader, IterableDataset
+    from transformers import PreTrainedTokenizerFast
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    began = time.perf_counter()
+    rows = load_dataset("parquet", data_files=list(files), split="train", streaming=True)
+
+    class Concatenated(IterableDataset):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer, model_max_length=10**9)
+            buffer: list[int] = []
+            for row in rows:  # `datasets` gives each worker its share of the files
+                buffer += [*loaded(row["text"], truncation=False, padding=False)["input_ids"], EOS_ID]
+                while len(buffer) >= BLOCK_LEN:
+                    yield {"tokens": np.array(buffer[:BLOCK_LEN], np.int32)}
+                    buffer = buffer[BLOCK_LEN:]
+            if buffer:
+                yield {"tokens": np.array(buffer + [PAD_ID] * (BLOCK_LEN - len(buffer)), np.int32)}
+
+    loader = DataLoader(Concatenated(), batch_size=512, num_workers=CORES, prefetch_factor=2, collate_fn=list)
+    columns = {"tokens": f"ndarray:int32:{BLOCK_LEN}"}
+    with MDSWriter(out=out, columns=columns, compression="zstd", hashes=["xxh3_64"]) as writer:
+        for batch in loader:
+            for sample in batch:
+                writer.write(sample)
+    return time.perf_counter() - began
+
+
+def histogram(folder: Path, dtype: str) -> np.ndarray:
+    """How often each id occurs in the MDS shards of a folder, without padding."""
+    import zstandard
+
+    size = BLOCK_LEN * np.dtype(dtype).itemsize
+    counts = np.zeros(1 << 16, np.int64)
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        packed = (folder / shard["zip_data"]["basename"]).read_bytes()
+        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=shard["raw_data"]["bytes"])
+        counts += np.bincount(np.frombuffer(raw[-shard["samples"] * size :], dtype), minlength=1 << 16)
+    counts[PAD_ID] = 0
+    return counts
+
+
+if __name__ == "__main__":
+    main()
