@@ -22,7 +22,6 @@ from train.cache import ShardCache
 from train.ordering import BlockRef, RunOrder, digest, step_blocks
 from train.plan import plan_with_shards
 from train.reader import BlockReader
-from train.schedule import ScheduleError
 from train.settings import read_settings
 from train.shards import ShardsTokenizer, open_shards
 
@@ -39,10 +38,7 @@ def main(argv: Sequence[str]) -> int:
     plan, indexes = plan_with_shards(settings)
     if indexes is None:
         raise UserError(f"no shards at {settings.shards}: build them, or set `shards` to where they are")
-    try:
-        segment = plan.segment(step)
-    except ScheduleError as error:
-        raise UserError(str(error)) from None
+    segment = plan.segment(step)
     order = RunOrder(plan, {name: index.shard_blocks for name, index in indexes.items()}, settings.seed)
     refs = step_blocks(order, step)
     about: dict[str, Any] = {

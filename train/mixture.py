@@ -20,7 +20,7 @@ from train.cache import ShardCache, parse_bytes, smallest_cache
 from train.index import open_indexes
 from train.ordering import RunOrder, Steps, digest
 from train.reader import BlockReader, Key
-from train.schedule import Plan, ScheduleError, Segment
+from train.schedule import Plan, Segment
 from train.state import make_state, resume_step
 
 CHUNK = 512  # blocks this rank reads at once, about; the first chunk is one step, so that the first batch is soon there
@@ -109,11 +109,7 @@ class MixtureDataset(StreamingDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """This worker's steps: of W workers the w-th takes steps start + w, start + w + W, …"""
-        try:
-            if self.start < self.plan.steps:
-                self.plan.check_ranks(self.world_size, self.start)
-        except ScheduleError as error:
-            raise UserError(str(error)) from None
+        self.plan.check_ranks(self.world_size, self.start)
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader = BlockReader(self.indexes, self.cache, self.plan.block_len)

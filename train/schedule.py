@@ -19,10 +19,11 @@ from math import gcd, isqrt, lcm
 import numpy as np
 import numpy.typing as npt
 
+from chimera.cli import UserError
 from train.word import MAX_WORD, Word
 
 
-class ScheduleError(ValueError):
+class ScheduleError(UserError):
     """Settings that no exact plan exists for; the message says which, and the nearest that work."""
 
 
@@ -286,10 +287,12 @@ def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_le
         raise ScheduleError(f"curriculum stages begin at steps {starts}: the first must be 0 and each later")
     for stage in stages:
         if stage.seq_len < 1 or block_len % stage.seq_len:
-            near = sorted(divisors(block_len), key=lambda n: abs(n - stage.seq_len))[:2]
+            fits = divisors(block_len)
+            place = bisect_right(fits, stage.seq_len)
+            near = fits[max(0, place - 1) : place + 1]
             raise ScheduleError(
                 f"stage from step {stage.from_step}: sequences of {stage.seq_len} tokens do not divide blocks of "
-                f"{block_len}; the nearest that do: {' and '.join(map(str, sorted(near)))}"
+                f"{block_len}; the nearest that do: {' and '.join(map(str, near))}"
             )
 
 

@@ -138,21 +138,16 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
 
 def plan_of(settings: TrainSettings, block_len: int) -> "Plan":
     """The step plan of `settings` over blocks of `block_len` tokens; raises `UserError` where it has none."""
-    from train.schedule import Phase, ScheduleError, Stage, build_plan, proportion
+    from train.schedule import Phase, Stage, build_plan, proportion
 
-    try:
-        phases = [
-            Phase(
-                phase.name,
-                phase.steps,
-                {stream: proportion(share) for stream, share in phase.proportions.items()},
-                phase.global_train_batch_size or settings.global_train_batch_size,
-            )
-            for phase in settings.phases
-        ]
-        stages = [Stage(stage.from_step, stage.seq_len) for stage in settings.curriculum.stages]
-        return build_plan(
-            phases, stages, settings.curriculum.mode, block_len=block_len, lanes=settings.num_canonical_nodes
+    phases = [
+        Phase(
+            phase.name,
+            phase.steps,
+            {stream: proportion(share) for stream, share in phase.proportions.items()},
+            phase.global_train_batch_size or settings.global_train_batch_size,
         )
-    except ScheduleError as error:
-        raise UserError(str(error)) from None
+        for phase in settings.phases
+    ]
+    stages = [Stage(stage.from_step, stage.seq_len) for stage in settings.curriculum.stages]
+    return build_plan(phases, stages, settings.curriculum.mode, block_len=block_len, lanes=settings.num_canonical_nodes)

@@ -187,6 +187,8 @@ def plan_with(**changes: object) -> Plan:
          f"only after {MAX_WORD + 1} blocks"),
         ({"steps": 0}, "0 steps"),
         ({"stages": [Stage(0, 6)]}, "6 tokens do not divide blocks of 8; the nearest that do: 4 and 8"),
+        ({"stages": [Stage(0, 12)]}, "12 tokens do not divide blocks of 8; the nearest that do: 8"),
+        ({"stages": [Stage(0, 0)]}, "0 tokens do not divide blocks of 8; the nearest that do: 1"),
         ({"stages": [Stage(1, 8)]}, "the first must be 0"),
         ({"stages": [Stage(0, 8), Stage(0, 4)]}, "the first must be 0 and each later"),
         ({"stages": [Stage(0, 2)], "size": 7}, "7 sequences of 2 .* global_train_batch_size: 4 or 8"),

@@ -1,0 +1,111 @@
+"""plan.py: the table before a run, from the config alone and with shards."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from chimera.cli import UserError
+from tests.train.make_shards import make_shards
+from train.plan import main
+
+CONFIG = """
+shards: {root}
+global_train_batch_size: 16
+phases:
+  - {{name: knowledge, steps: 30, proportions: {{en: 0.55, it: 0.35, chat: 0.10}}}}
+  - {{name: alignment, steps: 10, proportions: {{en: 0.20, it: 0.25, chat: 0.55}}}}
+curriculum: {{stages: [{{from_step: 0, seq_len: 4}}, {{from_step: 12, seq_len: 8}}, {{from_step: 24, seq_len: 16}}]}}
+tokens_per_second: 100
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(root=tmp_path / "shards"))
+    return str(path)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return make_shards(tmp_path / "shards", {"en": [100, 60], "it": [90], "chat": [10, 5]})
+
+
+def test_the_config_alone_tells_what_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([config, "--json"]) == 0
+    out, err = capsys.readouterr()
+    about = json.loads(out)
+    assert "no shards at" in err
+    # 12 steps of 4 blocks, 12 of 8, 6 + 10 of 16
+    assert (about["steps"], about["tokens"]) == (40, (12 * 4 + 12 * 8 + 16 * 16) * 16)
+    assert about["streams"]["chat"] == {"tokens": 112 * 16, "blocks": 112, "held": None, "passes": None}
+    cuts = [
+        (s["phase"], s["first_step"], s["last_step"], s["seq_len"], s["blocks_per_step"]) for s in about["segments"]
+    ]
+    assert cuts == [
+        ("knowledge", 0, 11, 4, 4),
+        ("knowledge", 12, 23, 8, 8),
+        ("knowledge", 24, 29, 16, 16),
+        ("alignment", 30, 39, 16, 16),
+    ]
+    assert about["segments"][3]["streams"] == {"en": 32, "it": 40, "chat": 88}
+    for name, stream in about["streams"].items():
+        assert stream["blocks"] == sum(segment["streams"][name] for segment in about["segments"])
+    assert about["tokens"] == sum(segment["tokens"] for segment in about["segments"])
+
+
+@pytest.mark.usefixtures("shards")
+def test_with_shards_it_tells_passes_and_warns_past_the_limit(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([config, "--json"])
+    out, err = capsys.readouterr()
+    about = json.loads(out)
+    assert {name: stream["passes"] for name, stream in about["streams"].items()} == {
+        "en": 164 / 160,
+        "it": 124 / 90,
+        "chat": 112 / 15,
+    }
+    assert err.count("warning") == 1
+    assert "chat is passed over 7.5 times (max_passes is 4): it holds 15 blocks, 112 are needed" in err
+    main([config, "--json", "max_passes=8"])
+    assert capsys.readouterr().err == ""
+    assert about["smallest_cache_limit"] > 0
+
+
+@pytest.mark.usefixtures("shards")
+def test_the_table_shows_phases_stages_streams_and_time(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([config])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["knowledge", "12-23", "8", "16", "1.5k", "15", "s", "55.21%", "35.42%", "9.38%"] in lines
+    assert ["chat", "1.8k", "112", "15", "7.47"] in lines
+
+
+def test_the_plot_is_a_picture(config: str, tmp_path: Path) -> None:
+    main([config, "--json", "--plot", str(tmp_path / "plan.png")])
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["phases.0.proportions.it=0.25"], "phase knowledge: the proportions sum to 0.9 "),
+        (["phases.0.proportions.en=half"], "'half' is not a proportion"),
+        (["curriculum.stages.0.seq_len=5"], "5 tokens do not divide blocks of 16; the nearest that do: 4 and 8"),
+        (["phases=[{name: p, steps: 3, proportions: {enn: 1}}]"], "stream enn has no train index"),
+        (["curriculum.mode=fast"], "one of sequences, tokens"),
+        (["--plot", "/nowhere/plan.png"], "--plot /nowhere/plan.png"),
+    ],
+)
+@pytest.mark.usefixtures("shards")
+def test_what_cannot_be_planned_is_one_line(config: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([config, *overrides])
+
+
+def test_a_batch_that_fills_no_whole_blocks_is_refused_with_the_next(config: str, shards: Path) -> None:
+    assert shards.is_dir()
+    with pytest.raises(UserError, match=r"6 sequences of 4 tokens do not fill whole blocks of 16; .*: 4 or 8"):
+        main([config, "global_train_batch_size=6"])
