@@ -5,6 +5,7 @@ blocks, the eval split is chosen by content, and `max_tokens` cuts behind the do
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from convert.reading import Position, Row, Span, reject_line
 from convert.settings import BuildSettings, StreamSettings, TokenizerSettings, settings_from
 from convert.shards import Array, ShardFormat, file_of, write_shard
 from convert.sources import Part, rows
-from convert.store import Sender, Store
+from convert.store import Sender, worker_store
 
 BATCH_CHARS = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
@@ -139,9 +140,8 @@ class _Part:
         self.state, arrays = journal.load(folder)
         journal.clean(folder, self.state)
         self.splits = {name: _Split(name, self, arrays) for name in SPLITS}
-        self.sender = (
-            Sender(Store(build.output, folder.with_suffix(".sending"), build.retries)) if build.remote else None
-        )
+        store = worker_store(build.output, folder.parents[2], os.getpid(), build.retries) if build.remote else None
+        self.sender = Sender(store) if store else None
         self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "_Part":

@@ -5,6 +5,7 @@ found by downloading, and deletion is offered where the client is boto3's (S3 an
 """
 
 import filecmp
+import functools
 import os
 import queue
 import shutil
@@ -25,6 +26,12 @@ WAITING_SHARDS = 2  # files of a part that may wait for their upload
 Result = TypeVar("Result")
 
 
+@functools.lru_cache(maxsize=1)
+def worker_store(root: str, work: Path, process: int, retries: int) -> "Store":
+    """The store of a worker process; connecting takes seconds, so its parts share it."""
+    return Store(root, work / "sending" / str(process), retries)
+
+
 class Refused(Exception):
     """The store said no in a way that trying again will not change."""
 
@@ -35,6 +42,7 @@ class Store:
     def __init__(self, root: str, scratch: Path, retries: int) -> None:
         self._root, self._scratch, self._retries = root.rstrip("/"), scratch, retries
         self._uploader: Any = None
+        self._downloader: Any = None
 
     def put(self, file: Path, key: str) -> None:
         """Make the object `key` hold what `file` holds, and see that it does.
@@ -91,10 +99,15 @@ class Store:
             place.unlink(missing_ok=True)
 
     def _download(self, key: str, place: Path) -> None:
-        from streaming.base.storage.download import CloudDownloader
+        if self._downloader is None:
+            from streaming.base.storage.download import CloudDownloader
 
+            try:
+                self._downloader = CloudDownloader.get(self._root)
+            except ValueError as error:
+                raise Refused(one_line(error)) from None
         place.unlink(missing_ok=True)  # a downloader leaves a file that is there alone
-        CloudDownloader.direct_download(f"{self._root}/{key}", str(place), DOWNLOAD_SECONDS)
+        self._downloader.download(f"{self._root}/{key}", str(place), DOWNLOAD_SECONDS)
 
     def _connected(self) -> Any:
         """The uploader; made when first needed, since its import takes seconds."""

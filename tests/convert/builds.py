@@ -122,7 +122,7 @@ def run(settings: dict[str, Any], folder: Path, **environment: str) -> tuple[int
 
 
 def build_here(settings: dict[str, Any]) -> dict[str, Any]:
-    """A build in this process, one part after another; returns the manifest."""
+    """A build in this process, one part after another; returns the manifest of a local output."""
     from omegaconf import OmegaConf
 
     from convert import build_shards, engine
@@ -135,7 +135,8 @@ def build_here(settings: dict[str, Any]) -> dict[str, Any]:
         build_shards.build(merged)
     finally:
         engine.make_engine = real
-    return json.loads((Path(settings["output"]) / "manifest.json").read_text())
+    manifest = Path(settings["output"]) / "manifest.json"
+    return json.loads(manifest.read_text()) if manifest.exists() else {}
 
 
 class Inline:

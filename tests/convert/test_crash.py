@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,30 +101,27 @@ def _shards(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in builds.tree(folder).items() if name != "state.npz"}
 
 
-def _kill_until_done(
-    settings: dict[str, Any], folder: Path, delays: Iterator[float], most: int, sign: int = signal.SIGKILL
+def kill_until_done(
+    settings: dict[str, Any], folder: Path, rng: random.Random, seconds: tuple[float, float], most: int, sign: int = 9
 ) -> int:
-    """Kill the builder (its workers die with it) after each delay, then let it end; how often it was killed."""
-    kills = 0
-    while kills < most:
+    """Kill the builder (its workers die with it) again and again, then let it end; how often it was killed."""
+    for kills in range(most):
         process = builds.start(settings, folder)
         try:
-            said, _ = process.communicate(timeout=next(delays))
+            said, _ = process.communicate(timeout=rng.uniform(*seconds))
             assert process.returncode == 0, said
             return kills
         except builds.subprocess.TimeoutExpired:
             process.send_signal(sign)
             process.communicate(timeout=60)  # the pipe closes when the last worker is gone
-            kills += 1
     code, said = builds.run(settings, folder)
     assert code == 0, said
-    return kills
+    return most
 
 
 def test_killed_builds_end_in_the_same_bytes(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:
     rng = random.Random(5)
-    delays = iter(lambda: rng.uniform(1.0, 4.0), None)
-    _kill_until_done(builds.config(sources, tmp_path / "out"), tmp_path, delays, most=3)
+    kill_until_done(builds.config(sources, tmp_path / "out"), tmp_path, rng, (1.0, 4.0), most=3)
     assert builds.tree(tmp_path / "out") == wanted
 
 
@@ -180,9 +177,8 @@ def test_chaos_kills_of_local_builds(sources: Path, wanted: dict[str, str], tmp_
     while kills < 60:
         folder = tmp_path / f"round{rounds}"
         folder.mkdir()
-        delays = iter(lambda: rng.uniform(0.5, 6.0), None)
-        workers = rng.choice([1, 2, 3])
-        kills += _kill_until_done(builds.config(sources, folder / "out", workers=workers), folder, delays, most=8)
+        settings = builds.config(sources, folder / "out", workers=rng.choice([1, 2, 3]))
+        kills += kill_until_done(settings, folder, rng, (0.5, 6.0), most=8)
         assert builds.tree(folder / "out") == wanted
         rounds += 1
     print(f"\nlocal: {kills} kills over {rounds} builds, each ended byte-identical")

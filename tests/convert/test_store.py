@@ -1,0 +1,170 @@
+"""Builds whose output is an object store: a real S3 server, also one that fails and restarts."""
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chimera.cli import UserError
+from convert.store import Store
+from tests.convert import builds
+from tests.convert.s3_server import S3Server
+
+PREFIX = "projects/chimera/pretraining/2026-11/shards"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    builds.write_sources(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a build into a folder holds: the objects must be the same."""
+    folder = tmp_path_factory.mktemp("wanted")
+    builds.build_here(settings_for(sources, folder / "out"))
+    return builds.tree(folder / "out")
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with S3Server(tmp_path / "s3") as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        yield server
+
+
+def settings_for(sources: Path, output: Path | str, **changes: Any) -> dict[str, Any]:
+    settings = builds.config(sources, output, shard_bytes=20_000, **changes)
+    settings["streams"].pop("lines")
+    return settings
+
+
+def remote(sources: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return settings_for(sources, f"s3://bucket/{PREFIX}", work=str(tmp_path / "work"), **changes)
+
+
+def objects(server: S3Server) -> dict[str, str]:
+    return builds.tree(server.root / "bucket" / PREFIX)
+
+
+def test_objects_equal_a_local_build_through_errors_and_restarts(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Store._put
+    puts: list[str] = []
+
+    def disturbed(self: Store, file: Path, key: str) -> None:
+        puts.append(key)
+        if len(puts) in (2, 9):  # of the next requests six fail: more than the client itself retries
+            s3.errors = 6
+        if len(puts) == 5:
+            s3.stop()
+            s3.start()
+        real(self, file, key)
+
+    monkeypatch.setattr(Store, "_put", disturbed)
+    builds.build_here(remote(sources, tmp_path))
+    assert s3.given == 12
+    assert objects(s3) == wanted
+    assert not (tmp_path / "work").exists()
+    order = [line.partition(" ")[2].partition("?")[0] for line in s3.requests if line.startswith("PUT")]
+    for stream, split in (("columns", "train"), ("chats", "eval")):
+        folder = f"/bucket/{PREFIX}/{stream}/{split}"
+        last_shard = max(i for i, path in enumerate(order) if path.startswith(f"{folder}/shard."))
+        assert last_shard < order.index(f"{folder}/index.json")
+    assert order[-1] == f"/bucket/{PREFIX}/manifest.json"
+
+
+def test_an_object_that_comes_back_damaged_is_sent_again(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Store._download
+    damaged: list[str] = []
+
+    def damage(self: Store, key: str, place: Path) -> None:
+        if "columns/train/shard" in key and not damaged:
+            damaged.append(key)
+            (s3.root / "bucket" / PREFIX / key).write_bytes(b"torn")
+        real(self, key, place)
+
+    monkeypatch.setattr(Store, "_download", damage)
+    builds.build_here(remote(sources, tmp_path))
+    assert damaged
+    assert objects(s3) == wanted
+
+
+def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", _stop_at("columns/train/shard.00001", Store.put))
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(remote(sources, tmp_path))
+    elsewhere = {**remote(sources, tmp_path), "work": str(tmp_path / "elsewhere")}
+    with pytest.raises(UserError, match="another builder is writing s3://bucket/"):
+        builds.build_here(elsewhere)
+    builds.build_here({**elsewhere, "rebuild": True})
+    assert objects(s3) == wanted
+
+
+def _stop_at(key: str, real: Any) -> Any:
+    def put(self: Store, file: Path, name: str) -> None:
+        if name.startswith(key):
+            raise KeyboardInterrupt
+        real(self, file, name)
+
+    return put
+
+
+def test_local_disk_use_stays_bounded_and_sent_shards_are_not_sent_again(
+    sources: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    real = Store._put
+
+    def watch(self: Store, file: Path, key: str) -> None:
+        nonlocal most
+        most = max(most, sum(1 for _ in (tmp_path / "work" / "parts").rglob("shard.*.zstd")))
+        real(self, file, key)
+
+    settings = remote(sources, tmp_path, part_bytes=1 << 20)
+    settings["streams"] = {"columns": settings["streams"]["columns"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", _stop_at("columns/train/shard.00000.00002", Store.put))
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(settings)
+    before = len(s3.requests)
+    monkeypatch.setattr(Store, "_put", watch)
+    builds.build_here(settings)
+    assert not [line for line in s3.requests[before:] if line.startswith("PUT") and "shard.00000.00001" in line]
+    assert [line for line in s3.requests[before:] if line.startswith("PUT") and "shard.00000.00002" in line]
+    assert most <= 4
+
+
+@pytest.mark.parametrize("output", ["s3://no-such-bucket/x", "nowhere://bucket/x"])
+@pytest.mark.usefixtures("s3")
+def test_an_output_that_is_not_there_is_one_clear_line(sources: Path, tmp_path: Path, output: str) -> None:
+    with pytest.raises(UserError, match=f"{output}/manifest.json failed|{output}/builder.json failed"):
+        builds.build_here({**remote(sources, tmp_path), "output": output})
+
+
+@pytest.mark.chaos
+def test_chaos_kills_of_builds_into_a_store(sources: Path, tmp_path: Path, s3: S3Server) -> None:
+    from tests.convert.test_crash import kill_until_done
+
+    rng = random.Random()
+    builds.build_here(settings_for(sources, tmp_path / "local"))
+    wanted = builds.tree(tmp_path / "local")
+    kills = rounds = 0
+    while kills < 20:
+        settings = {**remote(sources, tmp_path), "output": f"s3://bucket/{PREFIX}/{rounds}"}
+        kills += kill_until_done(settings, tmp_path, rng, (4.0, 60.0), most=10, sign=signal.SIGKILL)
+        assert builds.tree(s3.root / "bucket" / PREFIX / str(rounds)) == wanted
+        rounds += 1
+    print(f"\nS3: {kills} kills over {rounds} builds, each ended byte-identical to the build into a folder")
