@@ -11,6 +11,8 @@ only a chunk without such a place is cut anywhere. Time and memory stay linear i
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,8 @@ class Encoder:
     for a vocabulary above 65 536. `digest` is the SHA-256 of the `tokenizer.json`.
     """
 
-    def __init__(self, raw: bytes, eos_token: str, pad_token: str, origin: str, path: str | None = None) -> None:
+    def __init__(self, raw: bytes, eos_token: str, pad_token: str, origin: str, prove: bool = True) -> None:
+        """`origin` names the tokenizer in errors; `prove=False` trusts another process's proof of the fast path."""
         from tokenizers import Tokenizer
 
         self.digest = hashlib.sha256(raw).hexdigest()
@@ -68,21 +71,21 @@ class Encoder:
         self._check_text_is_data(origin)
 
         self._fast: Encoding | None = None
-        self.path, self.reason = "tokenizers", "as decided for the whole stream"
-        if path != "tokenizers":
-            plain = {token.content: id_ for id_, token in added.items() if not token.special}
-            try:
-                self._fast = tiktoken_encoding(spec, plain, set(self.special_ids))
-                self.path, self.reason = "tiktoken", "same merges and pre-tokens"
-            except Unequal as error:
-                self.reason = str(error)
-        self._found = self._fast.special_tokens_set if self._fast else set()
+        self._found: set[str] = set()
+        plain = {token.content: id_ for id_, token in added.items() if not token.special}
+        try:
+            self._fast = tiktoken_encoding(spec, plain, set(self.special_ids), self._tokenizer.model if prove else None)
+            self._found = self._fast.special_tokens_set
+            self.path, self.reason = "tiktoken", "same merges and pre-tokens"
+        except Unequal as error:
+            self.path, self.reason = "tokenizers", str(error)
 
     @classmethod
     def from_settings(cls, settings: "TokenizerSettings", path: str | None = None) -> "Encoder":
         """The tokenizer at `settings.path`.
 
-        `path="tokenizers"` keeps off the fast path: what `verify_sample` decided for a stream, handed to a worker.
+        `path` is what `verify_sample` decided for a stream, handed to a worker. Preparing a tokenizer takes a moment,
+        so it is done once for all streams of a process.
         """
         file = tokenizer_file(settings.path)
         try:
@@ -92,7 +95,10 @@ class Encoder:
                 f"tokenizer.path: {file} cannot be read ({error.strerror}): give a folder that holds a tokenizer.json, "
                 "or make one with `python convert/train_tokenizer.py`"
             ) from None
-        return cls(raw, settings.eos_token, settings.pad_token, str(file), path)
+        encoder = copy(_prepared(raw, settings.eos_token, settings.pad_token, str(file), path is None))
+        if path == "tokenizers":
+            encoder._leave_fast_path("as decided for the whole stream")
+        return encoder
 
     def verify_sample(self, texts: Sequence[str]) -> None:
         """Keep the fast path only if it gives the ids of `tokenizers` on `texts`, the head of a stream's source."""
@@ -176,6 +182,11 @@ class Encoder:
     def _leave_fast_path(self, reason: str) -> None:
         self._fast, self._found = None, set()
         self.path, self.reason = "tokenizers", reason
+
+
+@lru_cache(maxsize=2)
+def _prepared(raw: bytes, eos_token: str, pad_token: str, origin: str, prove: bool) -> Encoder:
+    return Encoder(raw, eos_token, pad_token, origin, prove)
 
 
 def tokenizer_file(path: str) -> Path:

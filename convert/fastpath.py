@@ -26,10 +26,11 @@ class Unequal(Exception):
     """Why a tokenizer cannot take the fast path."""
 
 
-def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special: set[str]) -> "Encoding":
+def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special: set[str], loaded: Any) -> "Encoding":
     """The `tokenizer.json` in `spec` as a tiktoken encoding; raises `Unequal` where equality is not proven.
 
     `plain` are the added tokens to be found in text with their ids, `special` those never to be found there.
+    `loaded` is the model as `tokenizers` loaded it; without one, that merges yield their tokens is taken as proven.
     """
     import tiktoken
 
@@ -37,7 +38,11 @@ def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special
     for reason in (*_model_obstacles(model), *_added_obstacles(spec, plain, special)):
         raise Unequal(reason)
     pattern = _pattern(spec)
-    ranks = _ranks(model)
+    made = _made(model)
+    if loaded is not None:
+        _prove(model, made, loaded)
+    character_bytes = {ord(character): byte for byte, character in byte_characters().items()}
+    ranks = {token.translate(character_bytes).encode("latin-1"): id_ for token, id_ in made.items()}
     return tiktoken.Encoding("chimera", pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(plain))
 
 
@@ -93,15 +98,13 @@ def _pattern(spec: Mapping[str, Any]) -> str:
     raise Unequal("the pre-tokenizer is not one ByteLevel regex or Split + ByteLevel")
 
 
-def _ranks(model: Mapping[str, Any]) -> dict[bytes, int]:
-    """Bytes → id of every byte and merge; proves what the module's docstring asks of them."""
-    from tokenizers import Tokenizer
-
-    byte_of = {character: byte for byte, character in byte_characters().items()}
+def _made(model: Mapping[str, Any]) -> dict[str, int]:
+    """Token → id of every byte and merge, each made once and in the order of ids."""
     vocab: Mapping[str, int] = model["vocab"]
-    if not all(character in vocab for character in byte_of):
+    alphabet = byte_characters().values()
+    if not all(character in vocab for character in alphabet):
         raise Unequal("the vocabulary lacks some of the 256 bytes")
-    made = {character: vocab[character] for character in byte_of}
+    made = {character: vocab[character] for character in alphabet}
     latest = -1
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -113,12 +116,19 @@ def _ranks(model: Mapping[str, Any]) -> dict[bytes, int]:
         if vocab[token] <= latest:
             raise Unequal(f"the id of {token!r} does not follow the order of merges")
         latest = made[token] = vocab[token]
-    plain = {"type": "BPE", "vocab": vocab, "merges": model["merges"]}
-    bare = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": plain})).model
+    return made
+
+
+def _prove(model: Mapping[str, Any], made: Mapping[str, int], loaded: Any) -> None:
+    """That merging the bytes of each token yields it."""
+    if model.get("ignore_merges"):  # such a model takes a whole token without merging
+        from tokenizers import Tokenizer
+
+        plain = {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]}
+        loaded = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": plain})).model
     for token, id_ in made.items():
-        if [piece.id for piece in bare.tokenize(token)] != [id_]:
+        if [piece.id for piece in loaded.tokenize(token)] != [id_]:
             raise Unequal(f"merging the bytes of token {token!r} does not yield it")
-    return {bytes(byte_of[character] for character in token): id_ for token, id_ in made.items()}
 
 
 def byte_characters() -> dict[int, str]:

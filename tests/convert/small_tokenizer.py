@@ -53,6 +53,13 @@ def with_added(*words: str, **flags: bool) -> dict[str, Any]:
     return found
 
 
-def encoder(json_spec: dict[str, Any] | None = None, path: str | None = None) -> Encoder:
+def encoder(json_spec: dict[str, Any] | None = None) -> Encoder:
     raw = json.dumps(with_added(*ADDED) if json_spec is None else json_spec).encode()
-    return Encoder(raw, EOS, PAD, "test tokenizer", path)
+    return Encoder(raw, EOS, PAD, "test tokenizer")
+
+
+def slow_encoder(json_spec: dict[str, Any] | None = None) -> Encoder:
+    """The same on the path through `tokenizers`."""
+    found = encoder(json_spec)
+    found._leave_fast_path("for the test")
+    return found

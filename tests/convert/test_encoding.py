@@ -2,7 +2,9 @@
 
 import glob
 import json
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,19 @@ from convert.documents import Document
 from convert.encoding import Encoder
 from convert.fastpath import same_character_classes
 from convert.settings import TokenizerSettings
-from tests.convert.small_tokenizer import ADDED, END, EOS, PAD, REAL_DATA, START, changed, encoder, spec, with_added
+from tests.convert.small_tokenizer import (
+    ADDED,
+    END,
+    EOS,
+    PAD,
+    REAL_DATA,
+    START,
+    changed,
+    encoder,
+    slow_encoder,
+    spec,
+    with_added,
+)
 
 real = pytest.mark.skipif(not (REAL_DATA / "tokenizer").is_dir(), reason="the real data is not here")
 
@@ -105,7 +119,7 @@ FAST = {
 
 @pytest.mark.parametrize("name", FAST)
 def test_the_fast_path_gives_the_ids_of_tokenizers(name: str) -> None:
-    fast, slow, oracle = encoder(FAST[name]), encoder(FAST[name], path="tokenizers"), reference(FAST[name])
+    fast, slow, oracle = encoder(FAST[name]), slow_encoder(FAST[name]), reference(FAST[name])
     assert (fast.path, slow.path) == ("tiktoken", "tokenizers")
     special = set(fast.special_ids.values())
 
@@ -191,6 +205,12 @@ SLOW = {
     # x+y comes before x+yq, so that merging x, y, q never makes xyq
     "token out of reach": (merges_with(("x", "y"), ("y", "q"), ("x", "yq")), "does not yield"),
     "one word begins another": (with_added("dare", "darei"), "start of"),
+    "out of reach, though taken whole": (
+        (lambda s: {**s, "model": {**s["model"], "ignore_merges": True}})(
+            merges_with(("x", "y"), ("y", "q"), ("x", "yq"))
+        ),
+        "does not yield",
+    ),
     "flags": (with_added("dare", single_word=True), "single_word"),
     "words inside a special token": (with_added("endoftext"), "overlaps"),
     "words after a special token": (with_added("|>dopo"), "overlaps"),
@@ -242,7 +262,7 @@ def test_pieces_are_encoded_apart_and_special_tokens_come_by_id() -> None:
     assert not {start, end, enc.eos_id, enc.pad_id}.intersection(tail)
 
 
-@pytest.mark.parametrize("path", [None, "tokenizers"])
+@pytest.mark.parametrize("make", [encoder, slow_encoder])
 @pytest.mark.parametrize(
     "text",
     [
@@ -252,8 +272,8 @@ def test_pieces_are_encoded_apart_and_special_tokens_come_by_id() -> None:
         "1 2 3 4 5 6 7 8 9 " * 50 + "una casa bianca " * 10,
     ],
 )
-def test_long_texts_lose_nothing(text: str, path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    enc = encoder(path=path)
+def test_long_texts_lose_nothing(text: str, make: Callable[[], Encoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    enc = make()
     whole = ids_of(enc, text)
     monkeypatch.setattr(encoding, "CHUNK", 100)
     ids = ids_of(enc, text)
@@ -288,6 +308,17 @@ def test_end_and_padding_are_special_even_where_the_tokenizer_does_not_say_so() 
     assert enc.eos_id not in ids_of(enc, f"before {EOS} after")
 
 
+def test_a_stream_keeps_to_itself_what_its_sample_decided(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(spec())
+    settings = TokenizerSettings(str(tmp_path))
+    one, other = Encoder.from_settings(settings), Encoder.from_settings(settings)
+    one._leave_fast_path("of this stream")
+    assert (one.path, other.path) == ("tokenizers", "tiktoken")
+    assert Encoder.from_settings(settings, one.path).path == "tokenizers"
+    assert Encoder.from_settings(settings, other.path).path == "tiktoken"
+    assert ids_of(one, "Il gatto") == ids_of(other, "Il gatto")
+
+
 def unigram() -> dict[str, Any]:
     """A tokenizer whose model itself makes the EOS token of the text `</s>`."""
     pieces = [["<unk>", 0.0], ["</s>", 0.0], ["<pad>", 0.0], *[[c, -2.0] for c in "abcs<>/ "]]
@@ -315,6 +346,6 @@ def test_tokenizers_that_are_refused(raw: bytes, eos: str, pad: str, message: st
         Encoder(raw, eos, pad, "x.json")
 
 
-def test_a_missing_tokenizer_says_what_to_do(tmp_path: Any) -> None:
+def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer.path: .*train_tokenizer.py"):
         Encoder.from_settings(TokenizerSettings(str(tmp_path)))
