@@ -1,6 +1,5 @@
 """Files from wherever streaming can read: s3://, gs://, azure://, oci://, …, and file:// for a mounted folder."""
 
-import contextlib
 import shutil
 import threading
 from pathlib import Path
@@ -34,10 +33,17 @@ def download(url: str, to: Path) -> None:
             return
         except Exception as error:  # every backend has its own kinds
             what = f"{type(error).__name__}: {one_line(error)[:300]}"
+            answer = getattr(error, "response", None)  # botocore's
+            if isinstance(answer, dict) and answer.get("Error", {}).get("Code") == "403":  # streaming says "not found"
+                raise OSError("access denied (403): check the credentials and their permissions") from None
             if isinstance(error, FileNotFoundError) or any(word in what.lower() for word in MISSING):
                 raise FileNotFoundError(what) from None
             if attempt == ATTEMPTS or isinstance(error, ImportError | ValueError):
                 raise OSError(what) from None
-            with contextlib.suppress(AttributeError):
-                delattr(_clients, scheme)
+            forget_clients()
             threading.Event().wait(2.0 ** (attempt - 1))
+
+
+def forget_clients() -> None:
+    """Make new clients from now on in this thread (their settings come from the environment)."""
+    _clients.__dict__.clear()
