@@ -1,0 +1,94 @@
+"""Ranks as real processes under Composer's launcher: kills, preemption and other rank counts in one run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import ROOT, steps_of
+from train.main import main
+
+COMPOSER = Path(sys.executable).parent / "composer"
+
+
+def launch(ranks: int, *words: str) -> subprocess.Popen[str]:
+    """`composer -n RANKS train/main.py …` in a session of its own."""
+    return subprocess.Popen(
+        [str(COMPOSER), "-n", str(ranks), "train/main.py", *words],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Return once `step` is in steps.jsonl; fail if the run ends before."""
+    while not (folder / "steps.jsonl").exists() or f'{{"step": {step},' not in (folder / "steps.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def test_a_chain_of_kills_on_other_rank_counts_ends_as_the_uninterrupted_run(overrides, tmp_path):
+    longer = [
+        "model.attention_dropout=0.0",  # random state is a rank's own
+        "phases.0.steps=90",
+        "phases.1.steps=30",
+        "curriculum.stages=[{from_step: 0, seq_len: 32}, {from_step: 80, seq_len: 64}, {from_step: 100, seq_len: 128}]",
+        "save_interval=10",
+    ]
+    main(overrides("whole", *longer))
+    reference = steps_of(tmp_path / "whole")
+    folder, config = tmp_path / "chain", overrides("chain", *longer)
+
+    killed = launch(1, *config)
+    wait_for_step(killed, folder, 25)
+    os.killpg(killed.pid, signal.SIGKILL)
+    finish(killed)
+
+    preempted = launch(2, *config)
+    wait_for_step(preempted, folder, 50)
+    os.killpg(preempted.pid, signal.SIGTERM)
+    finish(preempted)  # the launcher itself dies of the signal; its ranks save first
+    while (lock := subprocess.run(["flock", "-n", folder / ".lock", "true"])).returncode:
+        time.sleep(0.1)
+    assert lock.returncode == 0
+    stopped_at = steps_of(folder)[-1]["step"] + 1
+    assert (folder / f"ep0-ba{stopped_at}-rank0.pt").exists(), "SIGTERM saves within the step"
+
+    code, output = finish(launch(4, *config))
+    assert code == 0, output
+    assert f"starting at step {stopped_at} of 120" in output
+    lines = steps_of(folder)
+    assert [line["digest"] for line in lines] == [line["digest"] for line in reference]
+    for ours, theirs in zip(lines, reference, strict=True):
+        assert ours["streams"] == theirs["streams"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), ours["step"]
+
+
+def test_a_failing_rank_shows_its_traceback(overrides, tmp_path):
+    config = overrides("run", "phases.0.steps=20")
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, os.getcwd())\n"
+        "import train.collate\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    train.collate.positions = lambda starts: 1 / 0\n"
+        "import train.main; train.main.entry()\n"
+    )
+    process = subprocess.run(
+        [str(COMPOSER), "-n", "2", str(script), *config], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 1
+    assert "ZeroDivisionError" in process.stdout
+    assert "global rank 1" in process.stdout
