@@ -62,8 +62,11 @@ class Curriculum(Callback):
             logger.log_metrics({"data/tokens_parted_from_their_document": cut})
         state.batch = view_sequences(batch, self.marks)
         if info.seq_len != self.seq_len:
+            size = self._microbatch(info.seq_len, info.sequences)
+            if self.microbatch_tokens is None and self.seq_len:  # what Composer found fits; go on from there
+                size = max(1, min(size, int(state.device_train_microbatch_size or size) * self.seq_len // info.seq_len))
+            state.device_train_microbatch_size = size
             self.seq_len = info.seq_len
-            state.device_train_microbatch_size = self._microbatch(info.seq_len, info.sequences)
             if dist.get_global_rank() == 0:
                 say(
                     f"step {info.step}: phase {info.phase}, sequences of {info.seq_len} tokens, "

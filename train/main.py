@@ -5,6 +5,7 @@ once; then data, model, optimizer and callbacks are put together and Composer's 
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     shards = open_shards(settings.shards, settings.cache)
     plan = plan_of(settings, shards.block_len)
     shards.check(plan.streams)
+    shards.check_tokenizer(settings.tokenizer)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan.check_ranks(world)
     return train(settings, config, shards, plan)
@@ -67,6 +69,13 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan")
     trainer = build_trainer(settings, config, shards, plan, folder, until, start.path)
     try:
         trainer.fit()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"no space left on the disk of {error.filename or folder}: make room and start again with "
+            "`autoresume=true`; the run goes on from its newest complete checkpoint"
+        ) from None
     except StopRequested as stop:
         if leader:
             say(f"{stop}: start again with `autoresume=true` to go on")

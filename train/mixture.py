@@ -181,10 +181,10 @@ class MixtureDataset(StreamingDataset):
                 while position < max(then[number], min(now[number] + 1, last[number])):
                     window = index.window(lane, position)
                     shards += window.shards
-                    position = window.first + len(window.blocks)
+                    position = window.end
                 if shards and position < last[number]:
                     following = index.window(lane, position).shards
-                    read = (then[number] - window.first) / len(window.blocks)
+                    read = (then[number] - window.first) / (window.end - window.first)
                     shards += following[: int(read * len(following))]
                 queues.append([(name, shard) for shard in shards])
         return [key for key in chain.from_iterable(zip_longest(*queues)) if key is not None]

@@ -31,6 +31,7 @@ WINDOW_BLOCKS = 65_536
 WINDOW_PIECES = 64
 
 Ints = npt.NDArray[np.int64]
+_NONE: Ints = np.zeros(0, np.int64)
 
 
 class BlockRef(NamedTuple):
@@ -45,11 +46,13 @@ class BlockRef(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A run of positions shuffled together: `blocks` int64 [n] in order, `shards` it lies in."""
+    """A lane's positions [first, end) that are shuffled together, and the shards they lie in."""
 
-    first: int  # the lane's position of blocks[0]
-    blocks: Ints
-    shards: tuple[int, ...]  # in the order they are to be fetched
+    pass_: int
+    pieces: slice  # of the pass
+    first: int
+    end: int
+    shards: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class _Pass:
     """A lane's part of one pass: pieces in shuffled order, and the windows they are grouped in."""
 
     first: int  # the lane's position the pass begins at
-    piece_starts: Ints  # [pieces] first block of each
-    piece_ends: Ints
+    starts: Ints  # [pieces] first block of each
+    ends: Ints
     offsets: Ints  # [pieces + 1] positions before each piece, in the pass
     windows: Ints  # [windows + 1] first piece of each window
 
@@ -73,7 +76,7 @@ class StreamOrder:
         if self.blocks < 1:
             raise ValueError(f"stream {name} has no blocks")
         self._passes: OrderedDict[tuple[int, int], _Pass] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], Window] = OrderedDict()
+        self._shuffled: dict[int, tuple[Window, Ints]] = {}  # of each lane the window read last
 
     def shard_of(self, blocks: Ints) -> Ints:
         """The shard each block lies in."""
@@ -83,36 +86,37 @@ class StreamOrder:
         """The blocks at a lane's positions [first, end), int64 [end − first]."""
         parts = []
         while first < end:
-            window = self.window(lane, first)
-            stop = min(end, window.first + len(window.blocks))
-            parts.append(window.blocks[first - window.first : stop - window.first])
+            window, blocks = self._shuffled.get(lane, (None, _NONE))
+            if window is None or not window.first <= first < window.end:
+                window = self.window(lane, first)
+                blocks = self._shuffle_window(lane, window)
+                self._shuffled[lane] = window, blocks
+            stop = min(end, window.end)
+            parts.append(blocks[first - window.first : stop - window.first])
             first = stop
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return np.concatenate(parts) if parts else _NONE
 
     def window(self, lane: int, position: int) -> Window:
-        """The window a lane's `position` lies in; the last few are kept."""
+        """The window a lane's `position` lies in; cheap, nothing is shuffled."""
         pass_ = (position * self.lanes + lane) // self.blocks
         layout = self._pass(lane, pass_)
         piece = int(np.searchsorted(layout.offsets, position - layout.first, side="right")) - 1
         index = int(np.searchsorted(layout.windows, piece, side="right")) - 1
-        key = (lane, pass_, index)
-        if key not in self._windows:
-            self._windows[key] = self._build_window(lane, pass_, index)
-            if len(self._windows) > 3 * self.lanes + 1:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(key)
-        return self._windows[key]
-
-    def _build_window(self, lane: int, pass_: int, index: int) -> Window:
-        layout = self._pass(lane, pass_)
-        pieces = slice(int(layout.windows[index]), int(layout.windows[index + 1]))
-        starts, ends = layout.piece_starts[pieces], layout.piece_ends[pieces]
-        blocks = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
-        blocks = blocks[self._shuffle(len(blocks), "window", pass_, lane, index)]
-        shards, firsts = np.unique(self.shard_of(blocks), return_index=True)
+        first, end = int(layout.windows[index]), int(layout.windows[index + 1])
         return Window(
-            layout.first + int(layout.offsets[pieces.start]), blocks, tuple(shards[np.argsort(firsts)].tolist())
+            pass_,
+            slice(first, end),
+            layout.first + int(layout.offsets[first]),
+            layout.first + int(layout.offsets[end]),
+            tuple(self.shard_of(layout.starts[first:end]).tolist()),
         )
+
+    def _shuffle_window(self, lane: int, window: Window) -> Ints:
+        """The blocks of a window in order, int64 [end − first]."""
+        layout = self._pass(lane, window.pass_)
+        starts, ends = layout.starts[window.pieces], layout.ends[window.pieces]
+        blocks = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+        return blocks[self._shuffle(len(blocks), "window", window.pass_, lane, window.first)]
 
     def _pass(self, lane: int, pass_: int) -> _Pass:
         """A lane's pieces and windows in one pass; the last few are kept."""
@@ -147,7 +151,8 @@ class StreamOrder:
 
     def _shuffle(self, n: int, *what: object) -> Ints:
         """A permutation of range(n) keyed by the seed, the stream's name and `what`."""
-        key = hashlib.blake2b(repr((self.seed, self.name, *what)).encode(), digest_size=16).digest()
+        text = "/".join(map(str, (self.seed, self.name, *what)))
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
         return np.argsort(bits, kind="stable")
 

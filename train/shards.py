@@ -70,6 +70,20 @@ class Shards:
             if not self.streams[name]["train"]["blocks"]:
                 raise UserError(f"stream `{name}` at {self.root} has no block in its train split")
 
+    def check_tokenizer(self, path: str | None) -> None:
+        """Raise `UserError` unless `path` (a folder or tokenizer.json; None: not given) is the shards' tokenizer."""
+        if path is None:
+            return
+        file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise UserError(f"setting `tokenizer`: no tokenizer.json at {path}")
+        given, built = hashlib.sha256(file.read_bytes()).hexdigest(), self.manifest["tokenizer"]["digest"]
+        if given != built:
+            raise UserError(
+                f"setting `tokenizer`: {file} ({given[:12]}) is not the tokenizer the shards at {self.root} were "
+                f"built with ({built[:12]}): leave the setting out to take theirs, or build the shards with this one"
+            )
+
 
 def open_shards(root: str, cache: str) -> Shards:
     """Read manifest and tokenizer of a shards root; raises `UserError` where there are none."""
