@@ -226,29 +226,30 @@ def test_remains_of_a_killed_fetch_make_room(remote: str, tmp_path: Path) -> Non
 
 
 def run_job(remote: str, cache: Path, start: int, steps: Any, limit: int | None) -> None:
-    """A job that goes on from step `start` and reports each step it has checked."""
+    """A job that goes on from step `start`, reports each step it has checked, and waits until that is heard."""
     data = dataset(remote, cache, cache_limit=limit, predownload=4)
     data.load_state_dict(data.state_dict(PLAN.sequences_before(start), True))
     for record in data:
         check(record)
         steps.send((record["step"], record["digest"]))
-    steps.close()
+        steps.recv()
     os._exit(0)
 
 
 def start_job(remote: str, cache: Path, start: int, limit: int | None = None) -> tuple[Any, Any]:
     context = multiprocessing.get_context("fork")  # so that nothing is imported again
-    receive, send = context.Pipe(False)
-    job = context.Process(target=run_job, args=(remote, cache, start, send, limit))
+    ours, theirs = context.Pipe()
+    job = context.Process(target=run_job, args=(remote, cache, start, theirs, limit))
     job.start()
-    send.close()
-    return job, receive
+    theirs.close()
+    return job, ours
 
 
 def received(steps: Any) -> Iterator[tuple[int, str]]:
     try:
         while True:
             yield steps.recv()
+            steps.send("heard")
     except EOFError:
         return
 
