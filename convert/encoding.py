@@ -49,9 +49,10 @@ class Encoder:
         try:
             spec = json.loads(raw)
             control = {eos_token, pad_token, IM_START, IM_END}
-            for token in spec.get("added_tokens") or []:
-                token["special"] = bool(token["special"] or token["content"] in control)
-            self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+            unmarked = [t for t in spec.get("added_tokens") or [] if t["content"] in control and not t["special"]]
+            for token in unmarked:
+                token["special"] = True
+            self._tokenizer = Tokenizer.from_str(json.dumps(spec) if unmarked else raw.decode())
         except Exception as error:  # `tokenizers` raises a bare Exception
             raise UserError(f"{origin}: not readable as a tokenizer: {error}") from None
         self._tokenizer.encode_special_tokens = True  # in its words: do not find special tokens, encode their text

@@ -40,7 +40,7 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
     spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0)) for file in files]
     _attempts(lambda: _probe(where, name, spans[0], column), name, retries)
     describe = {"hub": name, "subset": source.subset, "split": source.split, "revision": sha, "format": module}
-    return {**describe, "files": len(files)}, spans
+    return {**describe, "data_files": len(files)}, spans
 
 
 def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -> Iterator[Row]:

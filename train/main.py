@@ -26,11 +26,22 @@ if TYPE_CHECKING:
     from train.shards import Shards
 
 
+def share_cores() -> None:
+    """Give each rank of this machine its share of the cores; ranks that all take all of them stand in each other's way.
+
+    Must come before torch is imported. What the user has set stays.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="composer train/main.py", description=__doc__.split("\n")[0])
     _, config, overrides = parse(parser, argv, default_config=None)
     settings = read_settings(config, overrides)
     check_stack()
+    share_cores()
 
     from train.shards import open_shards
 

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -18,15 +18,34 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
 
-@dataclass
 class Faults:
-    """What the next data requests suffer: statuses to answer with, and bodies to break."""
+    """What the next requests for data suffer, once `after` of them have gone well."""
 
-    statuses: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    resets: int = 0  # bodies cut by a connection reset in their middle
-    stalls: int = 0  # bodies whose second half never comes (until `release`)
-    slow: int = 0  # bodies sent in small pieces with pauses
-    seen: Counter = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self.arm()
+
+    def arm(
+        self,
+        after: int = 0,
+        statuses: Sequence[tuple[int, dict[str, str]]] = (),
+        resets: int = 0,
+        stalls: int = 0,
+        slow: int = 0,
+    ) -> None:
+        """`statuses` are answered instead of data; then bodies are reset half-way, stop there, or come slowly."""
+        self.after = after
+        self.line: list[Any] = [*statuses, *["reset"] * resets, *["stall"] * stalls, *["slow"] * slow]
+
+    @property
+    def idle(self) -> bool:
+        return not self.line
+
+    def next(self) -> Any:
+        """The fault of this request, or `None`."""
+        if self.after > 0 or not self.line:
+            self.after -= 1
+            return None
+        return self.line.pop(0)
 
 
 class HubServer:
@@ -37,7 +56,8 @@ class HubServer:
         self.faults = Faults()
         self.lock, self.released = threading.Lock(), threading.Event()
         self.unknown: list[str] = []
-        self.ranges: Counter = Counter()  # bytes sent of each path
+        self.sent: Counter[str] = Counter()  # bytes of each path
+        self.away: set[str] = set()  # sets at whose name the server resets the connection
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -73,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
         for name, files in self.hub.sets.items():
+            if name in self.hub.away and name in path:
+                return self._reset()
             if path.startswith(f"/api/datasets/{name}"):
                 return self._api(name, files, path.removeprefix(f"/api/datasets/{name}"))
             if path.startswith(f"/datasets/{name}/resolve/"):
@@ -134,43 +156,35 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if self.command == "HEAD" or not data_file:
             return self._send(status, data[start:end], headers)
-        self.hub.ranges[path] += end - start
+        self.hub.sent[path] += end - start
         return self._faulty(status, data[start:end], headers)
 
     def _faulty(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A data body, or the next fault in line."""
-        faults = self.hub.faults
         with self.hub.lock:
-            if faults.statuses:
-                code, extra = faults.statuses.pop(0)
-                faults.seen[code] += 1
-                kind = "status"
-            else:
-                kind = next((k for k in ("resets", "stalls", "slow") if getattr(faults, k)), "")
-                if kind:
-                    setattr(faults, kind, getattr(faults, kind) - 1)
-                    faults.seen[kind] += 1
-        if kind == "status":
-            return self._json(code, {"error": "on demand"}, extra)
-        if not kind:
+            fault = self.hub.faults.next()
+        if fault is None:
             return self._send(status, body, headers)
-        half = len(body) // 2
+        if isinstance(fault, tuple):
+            return self._json(fault[0], {"error": "on demand"}, fault[1])
         self._head(status, len(body), headers)
-        if kind == "slow":
+        if fault == "slow":
             for at in range(0, len(body), 1 + len(body) // 16):
                 self.wfile.write(body[at : at + 1 + len(body) // 16])
                 self.wfile.flush()
                 self.hub.released.wait(0.05)
             return None
-        self.wfile.write(body[:half])
+        self.wfile.write(body[: len(body) // 2])
         self.wfile.flush()
-        if kind == "stalls":
-            self.hub.released.wait()
-        # a reset, not a polite end: linger 0 makes the kernel send RST
+        if fault == "stall":
+            self.hub.released.wait(30)
+        return self._reset()
+
+    def _reset(self) -> None:
+        """End the connection with a reset: linger 0 makes the kernel send RST."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
-        return None
 
     def _json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
