@@ -1,0 +1,213 @@
+"""Hub sets through the real client against a loopback hub, with everything that goes wrong there."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.convert import builds
+from tests.convert.hub_server import COMMIT, HubServer
+
+CARD = b"---\nconfigs:\n- config_name: it\n  data_files:\n  - split: train\n    path: it/*.parquet\n---\n"
+SET, GATED, AWAY = "uonlp/CulturaX", "uonlp/Gated", "uonlp/Away"
+TOKEN = "hf_secretsecretsecret"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two parquet files of three row groups, each group's text far behind the last, so that each takes a request."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("it")
+    for i in range(2):
+        blobs = [os.urandom(200_000) for _ in range(120)]
+        table = pa.table({"text": builds.texts(30 + i, 120), "picture": blobs})
+        pq.write_table(table, folder / f"part_{i}.parquet", row_group_size=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(files: Path) -> Iterator[HubServer]:
+    data = {"README.md": CARD, **{f"it/{path.name}": path.read_bytes() for path in sorted(files.iterdir())}}
+    with HubServer({SET: data, GATED: data, AWAY: data}, gated=frozenset({GATED}), token=TOKEN) as server:
+        server.away.add(AWAY)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def environment(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    home = str(tmp_path_factory.mktemp("hf"))
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+
+
+class Builder:
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.convert.hub_builder"],
+            cwd=builds.ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, settings: dict[str, Any], **environment: str) -> tuple[str | None, str]:
+        """(the error's message or `None`, everything said)."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps({"settings": settings, "environment": environment}), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        return answer["error"], answer["said"]
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def build(environment: dict[str, str]) -> Iterator[Builder]:
+    builder = Builder(environment)
+    yield builder
+    builder.close()
+
+
+@pytest.fixture(scope="module")
+def wanted(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shards of the same files read from disk, each file one part."""
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    sizes = [sum(len(t.encode()) for t in builds.texts(30 + i, 120)) for i in range(2)]
+    settings = builds.config(files, out, part_bytes=int(max(sizes) * 1.1))
+    settings["streams"] = {"s": {"sources": [{"files": [f"{files}/*.parquet"]}]}}
+    builds.build_here(settings)
+    return shards(out)
+
+
+def shards(output: Path) -> dict[str, str]:
+    return {path: digest for path, digest in builds.tree(output).items() if path.startswith("s/")}
+
+
+def settings_for(tmp_path: Path, *sources: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    settings = builds.config(tmp_path, tmp_path / "out", retries=3, **changes)
+    settings["streams"] = {"s": {"sources": list(sources)}}
+    return settings
+
+
+IT = {"hub": SET, "subset": "it"}
+AFTER = 9  # requests for data until rows of the first part have been packed: 6 for planning, 2 for its footer, 1
+
+
+def test_a_set_is_read_at_a_recorded_commit_and_only_its_text(
+    build: Builder, hub: HubServer, files: Path, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    hub.sent.clear()
+    error, said = build(settings_for(tmp_path, IT))
+    assert error is None, said
+    assert hub.unknown == []
+    assert shards(tmp_path / "out") == wanted
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["source"]
+    expected = {"hub": SET, "subset": "it", "split": "train", "revision": COMMIT, "format": "parquet", "data_files": 2}
+    assert source == {"index": 0, "passed_over": [], "describe": expected}
+    last = hub.sent["it/part_1.parquet"]  # the first file is read for the sample of its head as well
+    assert last < (files / "part_1.parquet").stat().st_size * 0.8
+
+
+FAULTS = {
+    "408": {"statuses": [(408, {})]},
+    "429": {"statuses": [(429, {"Retry-After": "1"})]},
+    "500 and 503": {"statuses": [(500, {}), (503, {})]},
+    "reset": {"resets": 2},
+    "slow": {"slow": 3},
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_between_rows_loses_and_repeats_none(
+    build: Builder, hub: HubServer, wanted: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    hub.faults.arm(after=AFTER, **FAULTS[name])
+    error, said = build(settings_for(tmp_path, IT))
+    assert error is None, said
+    assert hub.faults.idle
+    assert shards(tmp_path / "out") == wanted
+
+
+def test_a_set_that_fails_after_rows_never_switches_and_a_rerun_goes_on(
+    build: Builder, hub: HubServer, files: Path, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    local = {"files": [f"{files}/*.parquet"]}
+    hub.faults.arm(after=AFTER, statuses=[(429, {"Retry-After": "0"})] * 3)
+    error, _ = build(settings_for(tmp_path, IT, local))
+    assert error is not None
+    assert "fails at row " in error
+    assert "after 3 attempts" in error
+    assert "it goes on where it stopped" in error
+    error, said = build(settings_for(tmp_path, IT, local))
+    assert error is None
+    assert "going on with the unfinished build" in said
+    assert shards(tmp_path / "out") == wanted
+
+
+def test_sources_that_do_not_open_are_passed_over_with_their_reason(
+    build: Builder, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    sources = [{"hub": name, "subset": "it"} for name in ("uonlp/Missing", GATED, AWAY)]
+    error, said = build(settings_for(tmp_path, *sources, IT), HF_TOKEN="hf_nottherightone")
+    assert error is None, said
+    assert shards(tmp_path / "out") == wanted
+    manifest = (tmp_path / "out" / "manifest.json").read_text()
+    source = json.loads(manifest)["streams"]["s"]["source"]
+    assert source["index"] == 3
+    reasons = {passed["source"]: passed["reason"] for passed in source["passed_over"]}
+    assert "Not Found" in reasons["uonlp/Missing (it)"]
+    assert "it is gated: accept its terms on the hub and log in" in reasons[f"{GATED} (it)"]
+    assert "out of reach after 3 attempts" in reasons[f"{AWAY} (it)"]
+    assert all(reason in said for reason in reasons.values())
+    assert "hf_nottherightone" not in manifest + said
+
+
+def test_a_gated_set_opens_with_the_users_token_which_is_never_written(
+    build: Builder, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    error, said = build(settings_for(tmp_path, {"hub": GATED, "subset": "it"}), HF_TOKEN=TOKEN)
+    assert error is None, said
+    assert shards(tmp_path / "out") == wanted
+    assert TOKEN not in said
+    assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column": "txt"}, "has no column `txt`: set `column` to one of text, picture"),
+        ({"split": "validation"}, "has no split `validation`; it has train"),
+        ({"subset": "xx"}, "subset 'xx'"),
+    ],
+)
+def test_a_set_that_is_there_but_wrong_is_refused(
+    build: Builder, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    error, said = build(settings_for(tmp_path, {**IT, **change}, IT))
+    assert error is not None, said
+    assert message in error
+
+
+def test_a_stalled_set_is_named_and_survived(
+    hub: HubServer, environment: dict[str, str], wanted: dict[str, str], tmp_path: Path
+) -> None:
+    hub.faults.arm(after=AFTER, stalls=1)
+    code, said = builds.run(settings_for(tmp_path, IT, stall_after=0.5, workers=1), tmp_path, **environment)
+    assert code == 0, said
+    assert f"s: stalled: no row from part 0 (hf://datasets/{SET}@{COMMIT}/it/part_0.parquet) for 0.5 s" in said
+    assert shards(tmp_path / "out") == wanted
+
+
+def test_messages_hide_the_query_of_signed_addresses() -> None:
+    from convert.hub import _say
+
+    said = _say(OSError("500 for url: https://cdn.example/f?X-Amz-Signature=abc&x=1 (tried twice)"))
+    assert said == "500 for url: https://cdn.example/f?… (tried twice)"
