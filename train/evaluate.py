@@ -121,7 +121,7 @@ class Generate(Callback):
                     max_new_tokens=self.settings.max_new_tokens,
                     do_sample=False,
                     use_cache=True,
-                    pad_token_id=self.tokenizer.pad_id,
+                    pad_token_id=max(0, self.tokenizer.pad_id),
                     eos_token_id=self.tokenizer.eos_id,
                 )
                 rows.append([prompt, self.tokenizer.decode(made[0, ids.shape[1] :].tolist())])

@@ -43,15 +43,25 @@ def main(argv: Sequence[str]) -> int:
     check_stack()
     share_cores()
 
-    from train.shards import open_shards
-
-    shards = open_shards(settings.shards, settings.cache)
+    shards = open_root(settings)
     plan = plan_of(settings, shards.block_len)
     shards.check(plan.streams)
     shards.check_tokenizer(settings.tokenizer)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plan.check_ranks(world)
     return train(settings, config, shards, plan)
+
+
+def open_root(settings: TrainSettings) -> "Shards":
+    """The shards root: one of ours, or token shards made by others when the config names their tokenizer."""
+    from train.shards import fetch, open_shards
+
+    if settings.tokenizer is not None and fetch(settings.shards, "manifest.json", settings.cache) is None:
+        from train.foreign import open_foreign
+
+        streams = dict.fromkeys(name for phase in settings.phases for name in phase.proportions)
+        return open_foreign(settings.shards, settings.cache, settings.tokenizer, list(streams))
+    return open_shards(settings.shards, settings.cache)
 
 
 def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan") -> int:

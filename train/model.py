@@ -120,7 +120,12 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
                     raise UserError(f"setting `model.{key}` is unknown to transformers' {model_type} configuration")
             config = AutoConfig.for_model(
                 model_type,
-                **{"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id, **options},
+                **{
+                    "bos_token_id": None,
+                    "eos_token_id": eos_id,
+                    "pad_token_id": pad_id if pad_id >= 0 else None,
+                    **options,
+                },
             )
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except (ValueError, OSError, KeyError, ImportError, TypeError) as error:

@@ -93,3 +93,33 @@ def test_what_holds_no_tokens_is_refused(
     tmp_path: Path, columns: dict[str, str], sample: dict[str, Any], message: str
 ) -> None:
     refused(tmp_path, columns, [sample] * 12, message)
+
+
+def test_a_run_trains_on_them_with_the_tokenizer_the_config_names(demo_shards: Path, tmp_path: Path) -> None:
+    """As someone does who comes from llm-foundry: MDS folders, a tokenizer folder, no manifest."""
+    import json
+
+    from tests.train.conftest import ROOT, SMALL, steps_of
+    from train.main import main
+
+    for name in ("one", "two"):
+        samples = [{"tokens": np.random.default_rng(b).integers(4, 3000, 128).astype(np.int32)} for b in range(20)]
+        write(tmp_path / "old" / name, {"tokens": "ndarray:int32"}, samples)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_bytes((demo_shards / "tokenizer/tokenizer.json").read_bytes())
+    config = [
+        *(str(ROOT / "yamls/demo/base.yaml"), *SMALL),
+        f"shards={tmp_path}/old",
+        f"cache={tmp_path}/cache",
+        f"save_folder={tmp_path}/run",
+        "phases=[{name: all, steps: 6, proportions: {one: 0.5, two: 0.5}}]",
+        "scheduler.decay_steps=2",
+    ]
+    with pytest.raises(UserError, match="no shards at"):
+        main(config)
+    config.append(f"tokenizer={tmp_path}/tokenizer")
+    with pytest.raises(UserError, match="names no eos_token"):
+        main(config)
+    (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    assert main(config) == 0
+    assert [line["streams"] for line in steps_of(tmp_path / "run")][:2] == [{"one": 256, "two": 256}] * 2
