@@ -1,0 +1,147 @@
+"""Every command of README.md and docs/ is run, in order, in a copy of the checkout.
+
+A block marked ```sh no-run``` needs a cluster, a hub, credentials or hours: of these, shell syntax, files, settings
+and option names are checked, and nothing is run. `composer` commands run as they stand on the small models the pages
+use; of README's, which trains the demo's, the first steps.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```sh( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    run: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [Block(page, text.count("\n", 0, m.start()) + 1, m[1] is None, m[2]) for m in BLOCK.finditer(text)]
+
+
+def run(checkout: Path, text: str, where: object) -> str:
+    """Run a block with bash, stopping at its first failing command; returns what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=checkout,
+        env={**os.environ, "PATH": path, "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{where} exits {done.returncode}:\n{text}\n{done.stdout[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a clone of the working tree would hold."""
+    for folder in ("chimera", "convert", "train", "yamls", "samples", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_readme_commands_run(checkout: Path) -> None:
+    run(checkout, "python convert/train_tokenizer.py yamls/demo/shards.yaml", "what `make demo` did before")
+    run(checkout, "python convert/build_shards.py yamls/demo/shards.yaml", "what `make demo` did before")
+    for block in blocks(ROOT / "README.md"):
+        if block.run:
+            assert block.text.count("composer") <= 1
+            run(checkout, block.text.replace("max_duration=50ba", "max_duration=2ba"), block)
+    assert (checkout / "demo/short/ep0-ba2-rank0.pt").exists()
+
+
+def test_own_data_and_resume_pages_run_one_after_the_other(checkout: Path) -> None:
+    printed = ""
+    for page in ("own-data.md", "resume.md"):
+        for block in blocks(ROOT / "docs" / page):
+            if block.run:
+                printed = run(checkout, block.text, block)
+                if "report.py" in block.text:
+                    assert "equal those computed from the plan" in printed
+    assert (checkout / "mine/hf/model.safetensors").exists()
+    assert (checkout / "mine/run/ep0-ba40-rank0.pt").exists()
+    assert "mine-b" not in os.listdir(checkout / "mine")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", "own-data.md", "resume.md")], ids=str)
+def test_commands_of_the_other_pages_run(page: Path, checkout: Path) -> None:
+    for block in blocks(page):
+        if block.run:
+            run(checkout, block.text, block)
+
+
+NOT_RUN = [block for page in PAGES for block in blocks(page) if not block.run]
+
+
+@pytest.mark.parametrize("block", NOT_RUN, ids=str)
+def test_commands_that_cannot_run_here_name_what_exists(block: Block) -> None:
+    checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    for line in block.text.replace("\\\n", " ").splitlines():
+        for number, word in enumerate(words := shlex.split(line, comments=True)):
+            if re.fullmatch(r"(convert|train|bench)/\w+\.py|yamls/\S+\.yaml", word):
+                assert (ROOT / word).is_file(), f"{block}: {word}"
+            if re.fullmatch(r"(convert|train)/\w+\.py", word):
+                check_settings(word, words[number + 1 :], f"{block}: {line}")
+            if words[0] == "make" and number and not word.startswith("-"):
+                assert re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{block}: {word}"
+
+
+def check_settings(script: str, words: list[str], where: str) -> None:
+    """`key=value` words must be settings of the command's config."""
+    from chimera.cli import load_settings
+    from convert.settings import BuildSettings
+    from train.settings import TrainSettings
+
+    configs = [word for word in words if word.endswith(".yaml")]
+    overrides = [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
+    if configs and (ROOT / configs[0]).exists():
+        schema = BuildSettings if script.startswith("convert/") else TrainSettings
+        load_settings(schema, ROOT / configs[0], [w for w in overrides if not w.startswith("step=")])
+    else:
+        assert not overrides or configs, where
+
+
+def test_every_file_has_its_line_in_the_map() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    described = re.search(r"^## Map$.*?^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert described is not None
+    found, folder = set(), ""
+    for line in described[1].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        else:
+            found.add(folder + name)
+    folders = ("convert", "train", "chimera", "samples", "bench")
+    there = {
+        str(p.relative_to(ROOT)) for name in folders for p in (ROOT / name).glob("*.py") if p.name != "__init__.py"
+    }
+    assert found == there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
