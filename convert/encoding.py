@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import lru_cache
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,9 @@ class Encoder:
         if not same_character_classes():
             self._leave_fast_path("the two libraries' Unicode tables differ")
             return
-        fast, slow = self._join(texts, self._encode_chunks), self._join(texts, self._encode_slowly)
-        if not all(np.array_equal(ours, theirs) for ours, theirs in zip(fast, slow, strict=True)):
+        fast = self._encode_texts(texts, self._encode_chunks)
+        slow = self._encode_texts(texts, self._encode_slowly)
+        if not all(map(np.array_equal, chain.from_iterable(fast), chain.from_iterable(slow))):
             self._leave_fast_path("tiktoken gave other ids on a sample of the source")
             return
         self.reason = f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts"
@@ -117,29 +119,32 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None]]:
         """For each document its ids [n] with EOS at the end, and for conversations the assistant mask [n] bool."""
         texts = [piece for document in documents for piece in document.pieces if isinstance(piece, str)]
-        encoded = self._join(texts, self._encode_chunks)
+        encoded = self._encode_texts(texts, self._encode_chunks)
         return [self._assemble(document, encoded) for document in documents]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _assemble(self, document: Document, encoded: Iterator[Array]) -> tuple[Array, Array | None]:
+    def _assemble(self, document: Document, encoded: Iterator[list[Array]]) -> tuple[Array, Array | None]:
         """One document's ids and mask; takes the ids of its texts from `encoded`."""
-        pieces = [np.array([p]) if isinstance(p, int) else next(encoded) for p in document.pieces]
-        ids = np.concatenate([*pieces, [self.eos_id]], dtype=self.dtype, casting="unsafe")
+        pieces = [[np.array([p])] if isinstance(p, int) else next(encoded) for p in document.pieces]
+        ids = np.concatenate([*chain.from_iterable(pieces), [self.eos_id]], dtype=self.dtype, casting="unsafe")
         if not document.assistant:
             return ids, None
-        return ids, np.repeat([*document.assistant, False], [*map(len, pieces), 1])
+        lengths = [sum(map(len, parts)) for parts in pieces]
+        return ids, np.repeat([*document.assistant, False], [*lengths, 1])
 
-    def _join(self, texts: Sequence[str], encode: Callable[[list[str]], Iterator[Array]]) -> Iterator[Array]:
-        """The ids of each text, whose chunks `encode` encodes."""
-        chunked = [list(_chunks(text)) for text in texts]
-        encoded = encode([chunk for chunks in chunked for chunk in chunks])
-        for chunks in chunked:
-            yield next(encoded) if len(chunks) == 1 else np.concatenate([next(encoded) for _ in chunks])
+    def _encode_texts(
+        self, texts: Sequence[str], encode: Callable[[Iterator[str]], Iterator[Array]]
+    ) -> Iterator[list[Array]]:
+        """For each text the ids of its chunks, which `encode` encodes; no more than a few chunks exist at a time."""
+        cuts = [_cuts(text) for text in texts]
+        encoded = encode(text[a:b] for text, cut in zip(texts, cuts, strict=True) for a, b in pairwise(cut))
+        for cut in cuts:
+            yield list(islice(encoded, len(cut) - 1))
 
-    def _encode_chunks(self, chunks: Sequence[str]) -> Iterator[Array]:
+    def _encode_chunks(self, chunks: Iterator[str]) -> Iterator[Array]:
         if self._fast is None:
             yield from self._encode_slowly(chunks)
             return
@@ -147,19 +152,23 @@ class Encoder:
             try:
                 ids = self._fast.encode_to_numpy(chunk, allowed_special=self._found, disallowed_special=())
             except ValueError:  # the regex engine's back-tracking limit
-                (ids,) = self._encode_slowly([chunk])
+                (ids,) = self._encode_slowly(iter([chunk]))
             yield ids.astype(self.dtype)
 
-    def _encode_slowly(self, chunks: Sequence[str]) -> Iterator[Array]:
-        start = 0
-        while start < len(chunks):
-            end, characters = start, 0
-            while end < len(chunks) and characters < BATCH:
-                characters += len(chunks[end])
-                end += 1
-            for encoding in self._tokenizer.encode_batch_fast(list(chunks[start:end]), add_special_tokens=False):
-                yield np.array(encoding.ids, dtype=self.dtype)
-            start = end
+    def _encode_slowly(self, chunks: Iterator[str]) -> Iterator[Array]:
+        batch: list[str] = []
+        characters = 0
+        for chunk in chunks:
+            batch.append(chunk)
+            characters += len(chunk)
+            if characters >= BATCH:
+                yield from self._encode_batch(batch)
+                batch, characters = [], 0
+        yield from self._encode_batch(batch)
+
+    def _encode_batch(self, batch: list[str]) -> Iterator[Array]:
+        for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=self.dtype)
 
     def _special(self, key: str, token: str, origin: str) -> int:
         id_ = self.special_ids.get(token)
@@ -173,7 +182,7 @@ class Encoder:
         special = set(self.special_ids.values())
         for token in self.special_ids:
             for text in (token, f"a{token}a", f" {token} "):
-                (ids,) = self._encode_slowly([text])
+                (ids,) = self._encode_slowly(iter([text]))
                 if special.intersection(ids.tolist()):
                     raise UserError(
                         f"{origin}: encodes the plain text {token!r} as a special token, so that text could end a "
@@ -195,17 +204,13 @@ def tokenizer_file(path: str) -> Path:
     return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """`text` in order, in chunks of at most `CHUNK` characters."""
-    start = 0
-    while len(text) - start > CHUNK:
-        end = cut = start + CHUNK
-        space = text.rfind(" ", start + 1, end)
-        while space > 0:
-            if text[space - 1].isalpha() and text[space + 1].isalpha():
-                cut = space
-                break
+def _cuts(text: str) -> list[int]:
+    """The places between which the chunks of `text` lie, from 0 to its length."""
+    cuts = [0]
+    while len(text) - cuts[-1] > CHUNK:
+        start = cuts[-1]
+        space = text.rfind(" ", start + 1, start + CHUNK)
+        while space > 0 and not (text[space - 1].isalpha() and text[space + 1].isalpha()):
             space = text.rfind(" ", start + 1, space)
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+        cuts.append(space if space > 0 else start + CHUNK)
+    return [*cuts, len(text)]
