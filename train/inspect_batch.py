@@ -19,11 +19,12 @@ import numpy as np
 
 from chimera.cli import UserError, parse, run
 from train.cache import ShardCache
+from train.main import open_root
 from train.ordering import BlockRef, RunOrder, digest, step_blocks
 from train.plan import plan_with_shards
 from train.reader import BlockReader
 from train.settings import read_settings
-from train.shards import ShardsTokenizer, open_shards
+from train.shards import ShardsTokenizer
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # text is data: it must not steer the terminal
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         ],
     }
     if args.decode:
-        tokenizer = open_shards(settings.shards, settings.cache).tokenizer
+        tokenizer = open_root(settings).tokenizer
         reader = BlockReader(indexes, ShardCache(settings.shards, settings.cache), plan.block_len)
         for block, tokens in zip(about["blocks"], read(reader, refs), strict=True):
             block["text"] = documents(tokens.reshape(-1, segment.seq_len), tokenizer)

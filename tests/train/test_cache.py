@@ -275,15 +275,18 @@ def test_a_job_killed_twenty_times_goes_on_without_cleaning_up(remote: str, tmp_
     assert (job.exitcode, seen) == (0, expected)
 
 
-def test_jobs_share_a_cache_under_a_limit(remote: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limited", [True, False])
+def test_jobs_share_a_cache_and_local_shards(root: Path, remote: str, tmp_path: Path, limited: bool) -> None:
     expected = [(r["step"], r["digest"]) for r in dataset(remote, tmp_path / "other")]
     limit = smallest_cache(open_indexes(remote, str(tmp_path / "cache"), STREAMS).values(), lanes=1)
-    jobs = [start_job(remote, tmp_path / "cache", 0, limit) for _ in range(3)]
+    place = (remote, tmp_path / "cache", 0, limit) if limited else (str(root), tmp_path / "cache", 0, None)
+    jobs = [start_job(*place) for _ in range(3)]
     for job, steps in jobs:
         assert list(received(steps)) == expected
         job.join()
         assert job.exitcode == 0
-    assert used(tmp_path / "cache") <= limit
+    if limited:
+        assert used(tmp_path / "cache") <= limit
 
 
 # Lanes
