@@ -55,7 +55,6 @@ def test_a_build_on_two_nodes_one_of_them_killed_writes_the_same_bytes(
     assert process.returncode == 0, said
     assert killed, said
     assert "is gone" in said
-    print(said)
     assert builds.tree(tmp_path / "out") == tree
 
 
