@@ -14,6 +14,8 @@ from chimera.cli import UserError
 from convert import build_shards, verify_shards
 from convert.block_rules import BlockRules
 from convert.shards import ShardFormat, file_of, index_bytes, write_shard
+from convert.store import Store
+from tests.convert.s3_server import S3Server
 from tests.convert.small_tokenizer import ADDED, with_added
 
 BLOCK = 32
@@ -101,6 +103,28 @@ def test_a_damaged_shard_is_named(
     assert f"joined/train/{file.name}" in lines[0]
     assert what in lines[0]
     assert all("joined" in line for line in lines)  # the counts that follow from it, and no other stream
+
+
+def test_a_remote_build_is_read_from_its_store(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with S3Server(tmp_path / "s3") as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        shutil.copytree(sound, server.root / "bucket" / "out")
+        server.errors = 2
+        assert verify_shards.main(["s3://bucket/out/"]) == 0
+        missing, damaged = (f"{name}/train/{shard(sound, name).name}" for name in ("talk", "alone"))
+        store = Store("s3://bucket/out", tmp_path / "scratch", retries=2)
+        assert store.delete(missing)
+        (tmp_path / "torn").write_bytes(bytes((sound / damaged).stat().st_size))
+        store.put(tmp_path / "torn", damaged)
+        assert verify_shards.main(["s3://bucket/out"]) == 1
+        lines = capsys.readouterr().out
+        assert f"bad: {missing}: there is no such object" in lines
+        assert f"bad: {damaged}: xxh3_64 is" in lines
+        with pytest.raises(UserError, match=r"s3://bucket/elsewhere: no readable manifest\.json"):
+            verify_shards.main(["s3://bucket/elsewhere"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Ranks as real processes under Composer's launcher: kills, preemption and other rank counts in one run."""
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import ROOT, steps_of
+from train.checkpoints import damage_of, find_checkpoints
 from train.main import main
 
 COMPOSER = Path(sys.executable).parent / "composer"
@@ -74,6 +77,58 @@ def test_a_chain_of_kills_on_other_rank_counts_ends_as_the_uninterrupted_run(ove
     for ours, theirs in zip(lines, reference, strict=True):
         assert ours["streams"] == theirs["streams"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), ours["step"]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_twenty_kills_at_random_moments_end_as_the_uninterrupted_run(overrides, tmp_path):
+    """SIGKILL and SIGTERM on 1, 2 and 4 ranks, half of the time while a checkpoint is being written."""
+    dice = random.Random(7)
+    longer = [
+        "model.attention_dropout=0.0",
+        "phases.0.steps=700",
+        "phases.1.steps=300",
+        "curriculum.stages=[{from_step: 0, seq_len: 32}, {from_step: 600, seq_len: 64}, "
+        "{from_step: 800, seq_len: 128}]",
+        "save_interval=3",
+        "save_keep=3",
+    ]
+    main(overrides("whole", *longer))
+    reference = steps_of(tmp_path / "whole")
+    folder, config = tmp_path / "chain", overrides("chain", *longer)
+    kills = {signal.SIGKILL: 0, signal.SIGTERM: 0}
+    torn = 0
+    for _ in range(20):
+        process = launch(dice.choice([1, 2, 4]), *config)
+        first = steps_of(folder)[-1]["step"] if (folder / "steps.jsonl").exists() else 0
+        wait_for_step(process, folder, min(first + 1 + dice.randrange(30), 980))
+        number = dice.choice(list(kills))
+        if dice.random() < 0.5:
+            wait_for_writing(folder)
+        os.killpg(process.pid, number)
+        kills[number] += 1
+        finish(process)
+        while subprocess.run(["flock", "-n", folder / ".lock", "true"]).returncode:
+            time.sleep(0.1)
+        found = find_checkpoints(folder)
+        torn += bool(found and damage_of(found[0][1]))
+    code, output = finish(launch(2, *config))
+    assert code == 0, output
+    lines = steps_of(folder)
+    assert [line["digest"] for line in lines] == [line["digest"] for line in reference]
+    worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(lines, reference, strict=True))
+    print(f"\n{kills}, {torn} torn checkpoints passed over, losses within {worst:.1e}")
+    assert worst < 0.02
+
+
+def wait_for_writing(folder: Path, patience: float = 5) -> None:
+    """Return while a checkpoint is being written, if one is seen to be within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, IndexError):
+            if damage_of(find_checkpoints(folder)[0][1]):
+                return
+        time.sleep(0.001)
 
 
 def test_a_failing_rank_shows_its_traceback(overrides, tmp_path):
