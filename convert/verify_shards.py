@@ -2,6 +2,7 @@
 
 Reads manifest, indexes, shards and reject files of a local or remote output without streaming's readers: hashes
 stored and raw, counts, ids, padding, ends of documents, assistant masks, and shows a decoded piece of each stream.
+Exits with 1 when something is wrong, and with 2 when it cannot tell (no manifest, a store out of reach).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
 from convert.settings import is_remote
 from convert.shards import Json, digest, file_of
+from convert.store import Store
 
 Array = NDArray[Any]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -38,27 +40,23 @@ class Bad(Exception):
 
 
 class Root:
-    """The files of an output, local or remote."""
+    """The files of an output, local or remote; `scratch` is a folder for downloads."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, scratch: Path) -> None:
         self.root = root.rstrip("/")
-        self._downloader: Any = None
-        if is_remote(root):
-            from streaming.base.storage import CloudDownloader
-
-            self._downloader = CloudDownloader.get(root)
+        self._store = Store(self.root, scratch, retries=4) if is_remote(root) else None
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file. Raises `Bad` when it is not there."""
+        """The bytes of a file. Raises `Bad` when it is not there, `UserError` when the store is out of reach."""
+        if self._store is not None:
+            data = self._store.get(name)
+            if data is None:
+                raise Bad(f"{name}: there is no such object")
+            return data
         try:
-            if self._downloader is None:
-                return (Path(self.root) / name).read_bytes()
-            with tempfile.TemporaryDirectory() as folder:
-                local = Path(folder) / "file"
-                self._downloader.download(f"{self.root}/{name}", str(local))
-                return local.read_bytes()
-        except Exception as error:  # every backend has its own
-            raise Bad(f"{name}: cannot be read: {one_line(error)}") from None
+            return (Path(self.root) / name).read_bytes()
+        except OSError as error:
+            raise Bad(f"{name}: cannot be read: {error.strerror}") from None
 
 
 @dataclass
@@ -78,6 +76,19 @@ class Found:
         self.padding += tokens.size - len(real)
         self.documents += int((real == eos_id).sum())
         self.max_token_id = max(self.max_token_id, int(real.max(initial=0)))
+
+
+def read_manifest(root: Root) -> Json:
+    """The manifest. Raises `UserError` when there is none to go by."""
+    try:
+        manifest: Json = json.loads(root.read("manifest.json"))
+        if manifest["format"] != 1 or not all(map(_PLAIN_NAME.fullmatch, manifest["streams"])):
+            raise Bad("not a manifest of this version")
+    except (Bad, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{root.root}: no readable manifest.json ({error}): give the `output` of a finished build"
+        ) from None
+    return manifest
 
 
 def verify(root: Root, manifest: Json) -> list[str]:
@@ -236,24 +247,18 @@ def main(argv: Sequence[str]) -> int:
         description="Check every byte and count of a finished build; exits 1 when one is wrong.",
     )
     parser.add_argument("root", metavar="ROOT", help="the build's output: a folder or an object-store URL")
-    root = Root(parser.parse_args(argv).root)
-    try:
-        manifest = json.loads(root.read("manifest.json"))
-        streams = manifest["streams"]
-        if manifest["format"] != 1 or not all(map(_PLAIN_NAME.fullmatch, streams)):
-            raise Bad("not a manifest of this version")
-    except (Bad, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root.root}: no readable manifest.json ({error}): give the `output` of a finished build"
-        ) from None
-    problems = verify(root, manifest)
+    where = parser.parse_args(argv).root
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Root(where, Path(scratch))
+        manifest = read_manifest(root)
+        problems = verify(root, manifest)
     for problem in problems:
         print(f"bad: {problem}")
     if problems:
         print(f"{root.root}: {len(problems)} problems", file=sys.stderr)
         return 1
-    blocks = sum(stream[split]["blocks"] for stream in streams.values() for split in SPLITS)
-    print(f"{root.root}: {len(streams)} streams, {blocks} blocks: every byte and count is as the manifest says")
+    blocks = sum(stream[split]["blocks"] for stream in manifest["streams"].values() for split in SPLITS)
+    print(f"{where}: {len(manifest['streams'])} streams, {blocks} blocks: every byte and count is as the manifest says")
     return 0
 
 
