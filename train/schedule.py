@@ -92,16 +92,16 @@ class Plan:
         return [segment.first_step for segment in self.segments]
 
     @cached_property
-    def first_blocks(self) -> list[int]:
-        """Of each phase: the blocks of the run before it."""
-        return [next(s for s in self.segments if s.phase == p).first_block for p in range(len(self.phases))]
+    def _phase_blocks(self) -> list[tuple[int, int]]:
+        """Of each phase: the blocks of the run before it, and before the next."""
+        firsts = [next(s for s in self.segments if s.phase == p).first_block for p in range(len(self.phases))]
+        return list(zip(firsts, [*firsts[1:], self.blocks], strict=True))
 
     @cached_property
     def words(self) -> tuple[Word, ...]:
         """Of each phase: the cyclic word its lanes draw. Numbers are those of `streams`."""
-        ends = [*self.first_blocks[1:], self.blocks]
         words = []
-        for phase, first, end in zip(self.phases, self.first_blocks, ends, strict=True):
+        for phase, (first, end) in zip(self.phases, self._phase_blocks, strict=True):
             # by name, so that the order of keys in a YAML file changes nothing
             shares = {self.streams.index(n): share for n, share in sorted(phase.proportions.items()) if share}
             words.append(Word(shares, (end - first) // self.lanes))
@@ -111,8 +111,7 @@ class Plan:
     def _phase_starts(self) -> list[list[int]]:
         """[phase][stream]: blocks a lane has drawn from the stream before the phase."""
         starts, counts = [], [0] * len(self.streams)
-        ends = [*self.first_blocks[1:], self.blocks]
-        for word, first, end in zip(self.words, self.first_blocks, ends, strict=True):
+        for word, (first, end) in zip(self.words, self._phase_blocks, strict=True):
             starts.append(list(counts))
             counts = [n + word.count(s, (end - first) // self.lanes) for s, n in enumerate(counts)]
         return starts
@@ -171,29 +170,13 @@ class Plan:
     def lane_counts(self, step: int) -> list[int]:
         """[stream]: blocks a lane has drawn before `step`."""
         phase = self.segment(min(step, self.steps - 1)).phase
-        drawn = (self.block_of(step) - self.first_blocks[phase]) // self.lanes
+        drawn = (self.block_of(step) - self._phase_blocks[phase][0]) // self.lanes
         word = self.words[phase]
         return [n + word.count(s, drawn) for s, n in enumerate(self._phase_starts[phase])]
 
     def blocks_before(self, step: int) -> dict[str, int]:
         """Blocks of each stream consumed before `step` (0 ≤ step ≤ steps), over all lanes."""
         return {name: n * self.lanes for name, n in zip(self.streams, self.lane_counts(step), strict=True)}
-
-    def targets(self, step: int) -> dict[str, Fraction]:
-        """Blocks of each stream that exact proportions would have consumed before `step`."""
-        targets = dict.fromkeys(self.streams, Fraction(0))
-        ends = [*self.first_blocks[1:], self.blocks]
-        for phase, first, end in zip(self.phases, self.first_blocks, ends, strict=True):
-            blocks = max(0, min(end, self.block_of(step)) - first)
-            for name, share in phase.proportions.items():
-                if share:
-                    targets[name] += share * blocks
-        return targets
-
-    def bound(self, step: int) -> Fraction:
-        """How many blocks a stream's count may be off `targets(step)` at most: each phase so far adds its own."""
-        phase = self.segment(min(step, self.steps - 1)).phase
-        return sum((word.bound * self.lanes for word in self.words[: phase + 1]), Fraction(0))
 
     def draws(self, first: int, end: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """What a lane draws in steps [first, end) of one phase, in order; the same in every lane.
@@ -204,7 +187,7 @@ class Plan:
         segment = self.segment(first)
         if end > first and self.segment(end - 1).phase != segment.phase:
             raise ValueError(f"steps {first} to {end - 1} lie in more than one phase")
-        base = self.first_blocks[segment.phase]
+        base = self._phase_blocks[segment.phase][0]
         word = self.words[segment.phase]
         n = np.arange((self.block_of(first) - base) // self.lanes, (self.block_of(end) - base) // self.lanes)
         periods, places = np.divmod(n, word.period)
@@ -247,9 +230,9 @@ def build_plan(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, bloc
         sequence += (end - first) * sequences
     names = dict.fromkeys(name for phase in phases for name, share in phase.proportions.items() if share)
     plan = Plan(tuple(phases), tuple(segments), tuple(names), block_len, lanes)
-    for phase, first, end in zip(phases, plan.first_blocks, [*plan.first_blocks[1:], block], strict=True):
+    for index, phase in enumerate(phases):
         period = lcm(*(share.denominator for share in phase.proportions.values()))
-        if min(period, (end - first) // lanes) > MAX_WORD:
+        if min(period, sum(s.steps * s.blocks_per_step for s in segments if s.phase == index) // lanes) > MAX_WORD:
             raise ScheduleError(
                 f"phase {phase.name}: its proportions come out even only after {period} blocks; at most {MAX_WORD} "
                 "are possible: write them with fewer decimals, or as fractions such as 1/3"
@@ -265,6 +248,9 @@ def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_le
         raise ScheduleError(f"{lanes} lanes: at least 1 is needed")
     if not phases or not stages:
         raise ScheduleError("a plan needs at least one phase and one stage")
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise ScheduleError(f"phases are named {', '.join(names)}: each needs a name of its own")
     for phase in phases:
         if phase.steps < 1 or phase.global_train_batch_size < 1:
             raise ScheduleError(

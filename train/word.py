@@ -43,12 +43,6 @@ class Word:
         periods, rest = divmod(n, self.period)
         return periods * self.weights[stream] + int(np.searchsorted(self._places[stream], rest))
 
-    @property
-    def bound(self) -> Fraction:
-        """How many blocks any stream is off its target at most, after any number of a lane's blocks."""
-        k = len(self.weights)
-        return Fraction(0) if k == 1 else 1 - Fraction(1, 2 * k - 2)
-
 
 def tijdeman(weights: Sequence[int], length: int) -> npt.NDArray[np.int64]:
     """The first `length` letters (places in `weights`) of the cyclic word with `weights[i]` letters i a period.
