@@ -174,8 +174,12 @@ class _Part:
         start = Position(self.state.number, self.state.offset)
         for index in range(self.state.span, len(self.part.spans)):
             for row in rows(self.part.spans[index], self.plan.column, start, self.build.retries):
-                value = row.value
-                yield index, row, value if value is None or isinstance(value, Dropped) else self.reader.read(value)
+                found = (
+                    row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
+                )
+                if not isinstance(found, Dropped):
+                    row.value = row.raw = None
+                yield index, row, found
             start = Position()
 
     def _add(self, batch: list[Found], limit: int | None) -> Progress:

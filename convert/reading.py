@@ -42,8 +42,11 @@ class Position(NamedTuple):
     offset: int | None = None
 
 
-class Row(NamedTuple):
-    value: object  # a mapping of columns, or `Dropped` where none could be read
+@dataclass(slots=True)
+class Row:
+    """One row; who has read it may set `value` and `raw` to `None`, so that a long line is in memory once."""
+
+    value: object  # a mapping of columns, `Dropped` where none could be read, `None` for a blank line
     raw: object  # what a reject file shows: the line's bytes, or the mapping
     number: int  # row of the file, from 0; for JSONL the line, from 1 at the span's start
     size: float  # share of `Span.bytes`
@@ -138,7 +141,9 @@ def _jsonl_rows(span: Span, start: Position) -> Iterator[Row]:
             else:
                 line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
                 value = parse_line(line)
-            yield Row(value, line, number, size, after)
+            row = Row(value, line, number, size, after)
+            del value, line
+            yield row
 
 
 def _open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO, int]:
