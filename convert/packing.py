@@ -79,6 +79,9 @@ class Packer:
         whole = self._waiting_tokens // self.block_len * self.block_len
         if self.packing == "concat" and whole:
             self._concat(whole)
+        if not self._ready_fill:
+            shape = (0, self.block_len)
+            return np.empty(shape, self.dtype), np.empty(shape, np.bool_) if self.masked else None, 0
         tokens = self._join(self._ready, self.dtype).reshape(-1, self.block_len)
         masks = self._join(self._ready_masks, np.bool_).reshape(-1, self.block_len) if self.masked else None
         n = len(tokens) if limit is None else min(limit, len(tokens))

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from omegaconf import MISSING
 
 from chimera.cli import UserError
+from convert.documents import IM_END
 
 FORMATS = ("text", "chatml")
 PACKINGS = ("concat", "best_fit", "none")
@@ -130,6 +131,11 @@ def check(settings: BuildSettings) -> None:
     for name, stream in settings.streams.items():
         if not _NAME.fullmatch(name):
             raise UserError(f"streams.{name}: a stream's name may hold letters, digits, `_` and `-` only")
+        if stream.format == "chatml" and settings.tokenizer.eos_token == IM_END:
+            raise UserError(
+                f"tokenizer.eos_token: {IM_END} ends the messages of streams.{name} (format: chatml), so another "
+                "special token must end documents: <|endoftext|> or one like it"
+            )
         _check_stream(f"streams.{name}", stream)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chimera.cli import UserError
 from convert.documents import Document, DocumentReader, Dropped, parse_line
-from convert.settings import StreamSettings
+from convert.settings import BuildSettings, SourceSettings, StreamSettings, TokenizerSettings, check
 from tests.convert.small_tokenizer import END, START, encoder
 
 S, E = 2, 3
@@ -116,6 +116,13 @@ def test_conversations_that_are_dropped(row: object, expected: Dropped) -> None:
 def test_a_chat_stream_needs_the_chat_tokens() -> None:
     with pytest.raises(UserError, match=r"<\|im_end\|>.*chatml"):
         DocumentReader(StreamSettings(format="chatml"), {START: S})
+
+
+def test_the_token_that_ends_messages_cannot_end_documents() -> None:
+    stream = StreamSettings(format="chatml", sources=[SourceSettings(files=["a.jsonl"])])
+    build = BuildSettings(output="out", tokenizer=TokenizerSettings("tok", eos_token=END), streams={"talk": stream})
+    with pytest.raises(UserError, match=r"tokenizer.eos_token: .*streams.talk"):
+        check(build)
 
 
 def test_a_prompt_gets_the_ids_it_was_trained_with() -> None:

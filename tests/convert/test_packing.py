@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.documents import Document, DocumentReader
 from convert.packing import PACKINGS, Packer, best_fit_decreasing
+from convert.settings import StreamSettings
+from tests.convert.small_tokenizer import END, encoder
 
 PAD, EOS = 0, 1
 BLOCK = 8
@@ -158,6 +161,26 @@ def test_a_limit_leaves_the_rest_for_later(lengths: list[int], packing: str, lim
     assert len(first[0]) == min(limit, len(expected))
     assert np.array_equal(np.concatenate([first[0], rest[0]]), expected)
     assert first[2] + rest[2] == padding
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_what_the_assistant_says_is_marked_in_the_blocks(packing: str) -> None:
+    """Conversations longer and shorter than a block: the masked tokens are the answers, each with its closing token."""
+    encode = encoder()
+    reader = DocumentReader(StreamSettings(format="chatml"), encode.special_ids)
+    answers = [f"{i} volte {i}: la casa bianca e il gatto. " * i for i in range(1, 9)]
+    documents = [reader.read({"instruction": f"Conta fino a {i}", "output": a}) for i, a in enumerate(answers)]
+    p = Packer(32, encode.pad_id, packing, dtype=encode.dtype, masked=True)
+    for ids, mask in encode.encode([d for d in documents if isinstance(d, Document)]):
+        p.add(ids, mask)
+    p.flush()
+    blocks, masks, _ = p.take()
+    assert masks is not None
+    found = encode.decode(blocks[masks].tolist())
+    if packing == "best_fit":  # blocks hold the documents in another order, long ones cut
+        assert sorted(found) == sorted("".join(a + END for a in answers))
+    else:
+        assert found == "".join(a + END for a in answers)
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
