@@ -47,7 +47,7 @@ def build(settings: Any) -> None:
     from convert.encoding import Encoder
     from convert.engine import make_engine
     from convert.outputs import open_output
-    from convert.part import load_plan
+    from convert.planned import load_plan
     from convert.publish import publish
 
     work = settings.work_folder
@@ -69,7 +69,7 @@ def build(settings: Any) -> None:
         planned = load_plan(work)
         engine = make_engine(settings, work)
         try:
-            dispatcher = Dispatcher(planned.streams, work, not settings.remote, settings.stall_after)
+            dispatcher = Dispatcher(planned.streams, work, output.can_discard, settings.stall_after)
             parts = dispatcher.run(engine)
         finally:
             engine.close()

@@ -12,7 +12,8 @@ from chimera.cli import UserError, progress, say
 from convert import journal
 from convert.engine import Engine, Event, Task
 from convert.journal import PartState
-from convert.part import Progress, StreamPlan, fits, part_folder
+from convert.part import Progress, fits
+from convert.planned import StreamPlan, part_folder
 
 MAX_LOSSES = 3  # times one part may lose its worker
 

@@ -53,6 +53,11 @@ class PartState:
         return sum(split.documents for split in self.splits.values())
 
 
+def shard_keys(stream: str, split: str, state: PartState) -> list[str]:
+    """Where the shards of a part go, below the output."""
+    return [f"{stream}/{split}/{file_of(entry)['basename']}" for entry in state.splits[split].shards]
+
+
 def load(folder: Path) -> tuple[PartState, dict[str, Array]]:
     """The last committed state of a part and its arrays; a fresh one where there is none."""
     try:

@@ -39,6 +39,15 @@ class Output(Protocol):
         """Make room for a new build of `streams`: remove an older one under `rebuild`, else refuse what is there."""
         ...
 
+    @property
+    def can_discard(self) -> bool:
+        """Whether shards that turn out to be too many can be removed again."""
+        ...
+
+    def discard(self, key: str) -> None:
+        """Remove a shard that is not part of the output after all."""
+        ...
+
     def release(self) -> None:
         """The build is whole: give up the claim."""
         ...
@@ -92,6 +101,11 @@ class FolderOutput:
             if (self._root / name).is_dir():
                 (self._root / name).rmdir()
 
+    can_discard = True
+
+    def discard(self, key: str) -> None:
+        pass  # it lies in the work folder, and goes with it
+
     def release(self) -> None:
         pass
 
@@ -140,7 +154,16 @@ class StoreOutput:
         if self._store.get("manifest.json") is not None:
             raise UserError(f"remove the objects below {self.name} before it is built anew")
 
+    @property
+    def can_discard(self) -> bool:
+        return self._store.can_delete
+
+    def discard(self, key: str) -> None:
+        self._store.delete(key)
+
     def release(self) -> None:
-        if not self._store.delete(CLAIM):
+        if self._store.can_delete:
+            self._store.delete(CLAIM)
+        else:
             self.write(CLAIM, b"{}")
             say(f"{self.name}/{CLAIM} may be removed")

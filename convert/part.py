@@ -4,12 +4,10 @@ Everything a part writes follows from its spans, the settings and the tokenizer:
 blocks, the eval split is chosen by content, and `max_tokens` cuts behind the document that reaches it.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +15,17 @@ import numpy as np
 from convert import journal
 from convert.documents import Document, DocumentReader, Dropped
 from convert.encoding import Encoder
-from convert.journal import SPLITS, PartState
+from convert.journal import SPLITS, PartState, shard_keys
 from convert.packing import Packer
-from convert.reading import Position, Row, Span, reject_line
-from convert.settings import BuildSettings, StreamSettings, TokenizerSettings, settings_from
-from convert.shards import Array, ShardFormat, file_of, write_shard
-from convert.sources import Part, rows
-from convert.store import Sender, worker_store
+from convert.planned import StreamPlan, encoder_of, load_plan, part_folder, shard_format
+from convert.reading import Position, Row, reject_line
+from convert.settings import BuildSettings
+from convert.shards import Array, write_shard
+from convert.sources import rows
+from convert.store import Sender, Store, worker_store
 
 BATCH_CHARS = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """A stream as planned: its settings, the column to read, its parts and which encoder path it takes."""
-
-    name: str
-    settings: StreamSettings
-    column: str | None
-    parts: list[Part]
-    encoder_path: str
-
-
-@dataclass(frozen=True)
-class PlannedBuild:
-    settings: BuildSettings
-    streams: dict[str, StreamPlan]
-    tokenizer_digest: str
 
 
 @dataclass(frozen=True)
@@ -53,40 +34,10 @@ class Progress:
 
     bytes: float = 0.0
     tokens: int = 0
-    rows: int = 0
 
 
 Report = Callable[[Progress], None]
 Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
-
-
-def load_plan(work: Path) -> "PlannedBuild":
-    """The build from `work/plan.json`, as every worker sees it."""
-    return _parse_plan((work / "plan.json").read_bytes())
-
-
-@lru_cache(maxsize=2)
-def _parse_plan(data: bytes) -> "PlannedBuild":
-    plan = json.loads(data)
-    settings = settings_from(plan["running"])
-    streams = {}
-    for name, stream in plan["streams"].items():
-        parts = [Part(tuple(Span(**span) for span in part)) for part in stream["parts"]]
-        streams[name] = StreamPlan(name, settings.streams[name], stream["column"], parts, stream["encoder"]["path"])
-    return PlannedBuild(settings, streams, plan["tokenizer"]["digest"])
-
-
-@lru_cache(maxsize=4)
-def _encoder(work: Path, digest: str, eos_token: str, pad_token: str, path: str) -> Encoder:
-    """The encoder of the build's own copy of the tokenizer, on the path its stream was planned with."""
-    del digest  # only tells tokenizers of the same place apart
-    return Encoder.from_settings(TokenizerSettings(str(work / "tokenizer.json"), eos_token, pad_token), path)
-
-
-def shard_format(build: BuildSettings, stream: StreamSettings, dtype: str) -> ShardFormat:
-    """How the shards of one stream look."""
-    masked = stream.format == "chatml"
-    return ShardFormat(build.block_len, dtype, masked, build.compression, build.hash, build.shard_bytes)
 
 
 def split_of(content: str, eval_fraction: float) -> str:
@@ -94,10 +45,6 @@ def split_of(content: str, eval_fraction: float) -> str:
     import xxhash
 
     return "eval" if xxhash.xxh3_64_intdigest(content.encode()) < eval_fraction * 2**64 else "train"
-
-
-def part_folder(work: Path, stream: str, index: int) -> Path:
-    return work / "parts" / stream / f"{index:05d}"
 
 
 def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
@@ -112,13 +59,16 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
     folder.parent.mkdir(parents=True, exist_ok=True)
     with journal.locked(folder.with_suffix(".lock"), wait=True):
         state, _ = journal.load(folder)
+        store = worker_store(settings.output, work, os.getpid(), settings.retries) if settings.remote else None
         if not fits(state, limit):
+            if store:
+                for key in [key for split in SPLITS for key in shard_keys(stream, split, state)]:
+                    store.delete(key)
             shutil.rmtree(folder)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
-        tokenizer = settings.tokenizer
-        encoder = _encoder(work, build.tokenizer_digest, tokenizer.eos_token, tokenizer.pad_token, plan.encoder_path)
-        with _Part(settings, plan, index, folder, encoder) as part:
+        encoder = encoder_of(work, build, stream)
+        with _Part(settings, plan, index, folder, encoder, store) as part:
             if not part.state.done:
                 part.run(limit, report)
 
@@ -131,7 +81,9 @@ def fits(state: PartState, limit: int | None) -> bool:
 
 
 class _Part:
-    def __init__(self, build: BuildSettings, plan: StreamPlan, index: int, folder: Path, encoder: Encoder) -> None:
+    def __init__(
+        self, build: BuildSettings, plan: StreamPlan, index: int, folder: Path, encoder: Encoder, store: Store | None
+    ) -> None:
         self.build, self.plan, self.folder = build, plan, folder
         self.part, self.name = plan.parts[index], f"{index:05d}"
         self.encoder = encoder
@@ -140,7 +92,6 @@ class _Part:
         self.state, arrays = journal.load(folder)
         journal.clean(folder, self.state)
         self.splits = {name: _Split(name, self, arrays) for name in SPLITS}
-        store = worker_store(build.output, folder.parents[2], os.getpid(), build.retries) if build.remote else None
         self.sender = Sender(store) if store else None
         self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
 
@@ -186,7 +137,7 @@ class _Part:
         """Count, encode and pack a batch, up to the document that reaches `limit`."""
         encoded = iter(self.encoder.encode([found for _, _, found in batch if isinstance(found, Document)]))
         state, before = self.state, self.state.splits["train"].tokens
-        bytes_before, rows_before = state.bytes, state.read
+        bytes_before = state.bytes
         for span, row, found in batch:
             self._step(span, row)
             if found is None:
@@ -204,7 +155,7 @@ class _Part:
             if limit is not None and state.splits["train"].tokens >= limit:
                 state.limit = limit
                 break
-        return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before, state.read - rows_before)
+        return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
 
     def _step(self, span: int, row: Row) -> None:
         """Move the position behind a row."""
@@ -238,10 +189,10 @@ class _Part:
         if self.sender is None:
             return
         for name, split in self.splits.items():
-            for entry in split.state.shards[split.sent :]:
-                file = self.folder / name / file_of(entry)["basename"]
+            for key in shard_keys(self.plan.name, name, self.state)[split.sent :]:
+                file = self.folder / name / Path(key).name
                 if file.exists():
-                    self.sender.send(file, f"{self.plan.name}/{name}/{file.name}")
+                    self.sender.send(file, key)
             split.sent = len(split.state.shards)
 
 

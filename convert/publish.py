@@ -6,9 +6,10 @@ Every step can be done again, so a build killed while publishing goes on publish
 import json
 from pathlib import Path
 
-from convert.journal import SPLITS, PartState
+from convert import journal
+from convert.journal import SPLITS, PartState, shard_keys
 from convert.outputs import Output
-from convert.part import PlannedBuild, StreamPlan, part_folder
+from convert.planned import PlannedBuild, StreamPlan, part_folder
 from convert.settings import BuildSettings
 from convert.shards import Json, digest, file_of, index_bytes
 
@@ -21,11 +22,13 @@ def publish(plan: Json, build: PlannedBuild, parts: dict[str, list[PartState]], 
         for split in SPLITS:
             entries = []
             for index, state in enumerate(states):
-                for entry in state.splits[split].shards:
+                for entry, key in zip(state.splits[split].shards, shard_keys(name, split, state), strict=True):
                     file = file_of(entry)
-                    made = part_folder(work, name, index) / split / file["basename"]
-                    output.adopt(made, f"{name}/{split}/{file['basename']}", file["bytes"])
+                    output.adopt(part_folder(work, name, index) / split / file["basename"], key, file["bytes"])
                     entries.append(entry)
+            for index in range(len(states), len(build.streams[name].parts)):  # parts that ran ahead of `max_tokens`
+                for key in shard_keys(name, split, journal.load(part_folder(work, name, index))[0]):
+                    output.discard(key)
             if entries:
                 output.write(f"{name}/{split}/index.json", index_bytes(entries))
         output.write(f"rejects/{name}.jsonl.zst", rejects(build.streams[name], states, work))

@@ -55,17 +55,17 @@ class Store:
         """The object's bytes, or `None` where there is none."""
         return self._attempt(f"read of {self._root}/{key}", lambda: self._get(key))
 
-    def delete(self, key: str) -> bool:
-        """Remove an object, where the client can; whether it could."""
-        client = getattr(self._connected(), "s3", None)
-        if client is None:
-            return False
+    @property
+    def can_delete(self) -> bool:
+        return self._attempt(f"connection to {self._root}", lambda: hasattr(self._connected(), "s3"))
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there. Only where the store `can_delete`."""
         place = urlsplit(f"{self._root}/{key}")
         self._attempt(
             f"removal of {self._root}/{key}",
-            lambda: client.delete_object(Bucket=place.netloc, Key=place.path.lstrip("/")),
+            lambda: self._connected().s3.delete_object(Bucket=place.netloc, Key=place.path.lstrip("/")),
         )
-        return True
 
     def _put(self, file: Path, key: str) -> None:
         uploader = self._connected()

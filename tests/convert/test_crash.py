@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from convert import part as part_module
-from convert.part import Progress, part_folder, run_part
+from convert.part import Progress, run_part
+from convert.planned import part_folder
 from tests.convert import builds
 
 

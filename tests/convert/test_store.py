@@ -147,6 +147,19 @@ def test_local_disk_use_stays_bounded_and_sent_shards_are_not_sent_again(
     assert most <= 4
 
 
+def test_shards_of_parts_that_ran_ahead_of_max_tokens_are_removed(
+    sources: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = remote(sources, tmp_path, part_bytes=4000)
+    settings["streams"] = {"limited": settings["streams"]["limited"]}
+    builds.build_here({**settings, "output": str(tmp_path / "local"), "work": None})
+    inline = builds.Inline
+    monkeypatch.setattr(builds, "Inline", lambda work: inline(work, slots=50, last_first=True))
+    builds.build_here(settings)
+    assert any(line.startswith("DELETE") and "shard." in line for line in s3.requests)
+    assert objects(s3) == builds.tree(tmp_path / "local")
+
+
 @pytest.mark.parametrize("output", ["s3://no-such-bucket/x", "nowhere://bucket/x"])
 @pytest.mark.usefixtures("s3")
 def test_an_output_that_is_not_there_is_one_clear_line(sources: Path, tmp_path: Path, output: str) -> None:
