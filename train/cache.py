@@ -70,17 +70,18 @@ class ShardCache:
         if not self.remote and shard.zip is None:
             return self._open_in_place(index, shard)
         path = self.path(index, shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            if path.exists() and not self._is_good(path, shard.raw):
-                say(f"{path} was damaged (its hash is not the index's): fetching it again")
-                path.unlink()
-            if not path.exists():
-                try:
+        try:
+            with _locked(path):
+                if path.exists() and not self._is_good(path, shard.raw):
+                    say(f"{path} was damaged (its hash is not the index's): fetching it again")
+                    path.unlink()
+                if not path.exists():
                     self._fetch(index, shard, path)
-                except OSError as error:
-                    raise ShardError(f"shard {path} cannot be written: {error.strerror or error}") from None
-            return _map(path)
+                return _map(path)
+        except OSError as error:
+            raise ShardError(
+                f"shard {index.folder}/{shard.raw.name} cannot be kept in {self.folder}: {error}"
+            ) from None
 
     def path(self, index: StreamIndex, shard: Shard) -> Path:
         """Where the cache keeps a shard."""
@@ -134,7 +135,8 @@ class ShardCache:
                 say(f"{place} arrived damaged (its hash is not the index's): fetching it again")
             if shard.zip is not None:
                 data = _decompress(str(shard.compression), source.read_bytes(), shard.raw.bytes)
-                room.write_bytes(data)
+                with room.open("r+b") as file:  # not shortened: its size is the reservation
+                    file.write(data)
                 source = room
                 if not _matches(room, shard.raw):
                     raise ShardError(f"shard {place} does not decompress to what its index says: build it again")
@@ -153,28 +155,34 @@ class ShardCache:
         return to
 
     def _make_room(self, room: Path, size: int) -> None:
-        """Reserve `size` bytes of the limit in the file `room`, removing the shards longest out of use if need be."""
-        if self.limit is None:
-            return
-        with _locked(self.folder / "limit"):
-            files = []
-            for path in self.folder.glob("*/*.mds*"):
-                with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    if path.name.endswith((".mds", ".part")):
-                        files.append((path.name.endswith(".mds"), stat.st_mtime_ns, stat.st_size, path))
-            used = sum(size for _, _, size, _ in files)
-            for _, _, freed, path in sorted(files):  # remains of killed processes first
-                if used + size <= self.limit:
-                    break
-                if _remove_unless_locked(path):
-                    used -= freed
-            if used + size > self.limit:
-                raise ShardError(
-                    f"`cache_limit` of {self.limit} bytes is too small: {used} are in use and {size} more are needed"
-                )
+        """Make the sparse file `room` of `size` bytes, which others count against the limit.
+
+        If need be, the shards longest out of use go.
+        """
+        with contextlib.nullcontext() if self.limit is None else _locked(self.folder / "limit"):
+            if self.limit is not None:
+                self._evict(size, self.limit)
             with room.open("wb") as file:
-                file.truncate(size)  # sparse: it takes no space, but is counted by others
+                file.truncate(size)
+
+    def _evict(self, size: int, limit: int) -> None:
+        """Remove shards until `size` more bytes are within `limit`; the caller has the cache's lock."""
+        files = []
+        for path in self.folder.glob("*/*.mds*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.name.endswith((".mds", ".part")):
+                    stat = path.stat()
+                    files.append((path.name.endswith(".mds"), stat.st_mtime_ns, stat.st_size, path))
+                elif path.name.endswith(".fetched"):
+                    _remove_unless_locked(path)  # a killed process's; no part of the limit
+        used = sum(bytes_ for _, _, bytes_, _ in files)
+        for _, _, freed, path in sorted(files):  # reservations of killed processes first
+            if used + size <= limit:
+                return
+            if _remove_unless_locked(path):
+                used -= freed
+        if used + size > limit:
+            raise ShardError(f"`cache_limit` of {limit} bytes is too small: {used} are in use, {size} more are needed")
 
 
 @contextlib.contextmanager
@@ -187,12 +195,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock_of(path: Path) -> Path:
-    name = path.name.removeprefix(".").removesuffix(".part")
+    name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".fetched")
     return path.with_name(f".{name}.lock")
 
 
 def _remove_unless_locked(path: Path) -> bool:
-    """Remove a shard or a dead process's reservation; False where it is being fetched or opened."""
+    """Remove a shard or what a killed process left; False where the shard is being fetched or opened."""
     with open(_lock_of(path), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

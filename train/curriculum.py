@@ -4,11 +4,13 @@ On `AFTER_DATALOADER`, when Composer has counted the batch, a step's blocks are 
 length, and the microbatch is set so that a device takes about the same number of tokens at every stage.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from composer import Callback, Logger, State
+from composer.core import get_precision_context
 from composer.utils import dist
 from streaming import StreamingDataLoader
 from torch.nn.parallel import DistributedDataParallel
@@ -97,8 +99,6 @@ def _trial(state: State, sequences: int, seq_len: int) -> None:
         model: Any = state.model
         alone: Callable[[], Any] = model.no_sync if isinstance(model, DistributedDataParallel) else torch.enable_grad
         with alone():
-            from composer.core import get_precision_context
-
             with get_precision_context(state.precision, state.precision_config):
                 module = model.module if isinstance(model, DistributedDataParallel) else model
                 loss = module.loss(model(batch), batch)
@@ -110,7 +110,7 @@ def _trial(state: State, sequences: int, seq_len: int) -> None:
 
 def _report_recompilations() -> None:
     """Say how many graphs `torch.compile` has made so far: one per sequence length is expected."""
-    if "torch._dynamo" not in __import__("sys").modules:
+    if "torch._dynamo" not in sys.modules:
         return
     from torch._dynamo.utils import counters
 

@@ -95,16 +95,24 @@ def stream_names(root: str) -> set[str]:
     folder = Path(root)
     if "://" in root or not folder.is_dir():
         return set()
-    return {path.name for path in folder.iterdir() if any(path.glob("**/index.json"))}
+    return {p.name for p in folder.iterdir() if (p / "index.json").is_file() or (p / "train/index.json").is_file()}
+
+
+def read_manifest(root: str, cache: str) -> dict[str, Any] | None:
+    """The manifest of a shards root; None where there is none (shards made by others, or none yet)."""
+    path = fetch(root, "manifest.json", cache)
+    if path is None:
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        return {**manifest, "block_len": int(manifest["block_len"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root}/manifest.json is not a manifest of shards: {one_line(repr(error))}") from None
 
 
 def open_indexes(root: str, cache: str, streams: Iterable[str]) -> dict[str, StreamIndex]:
     """The train indexes of `streams`, checked against the root's manifest where it has one."""
-    path = fetch(root, "manifest.json", cache)
-    try:
-        manifest = None if path is None else dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
-        raise UserError(f"{root}/manifest.json is not a manifest of shards: build them again") from None
+    manifest = read_manifest(root, cache)
     return {name: read_index(root, name, cache, manifest=manifest) for name in streams}
 
 

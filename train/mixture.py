@@ -63,11 +63,16 @@ class MixtureDataset(StreamingDataset):
         self.order = RunOrder(plan, {name: index.shard_blocks for name, index in self.indexes.items()}, seed)
         limit = None if cache_limit is None else parse_bytes(cache_limit)
         self.cache = ShardCache(root, cache, limit)
-        if limit is not None and limit < (least := smallest_cache(self.indexes.values(), plan.lanes)):
+        if limit is not None and limit < (least := smallest_cache(self.indexes.values(), self._lanes_of_node())):
             raise UserError(
                 f"setting `cache_limit` of {limit} bytes is too small: {least} hold what is shuffled together now "
                 "and next, of every stream"
             )
+
+    def _lanes_of_node(self) -> int:
+        """Lanes that this machine's ranks read, which share its cache."""
+        nodes = max(1, self.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size))))
+        return self.plan.lanes // nodes if self.plan.lanes % nodes == 0 else self.plan.lanes
 
     @property
     def fingerprints(self) -> dict[str, str]:

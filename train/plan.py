@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 
 from chimera.cli import parse, run, say
 from train.cache import ShardCache, smallest_cache
-from train.index import StreamIndex, open_indexes, stream_names
+from train.index import StreamIndex, open_indexes, read_manifest, stream_names
 from train.schedule import Plan
 from train.settings import TrainSettings, plan_of, read_settings
 
@@ -46,11 +46,10 @@ def main(argv: Sequence[str]) -> int:
 def plan_with_shards(settings: TrainSettings) -> tuple[Plan, dict[str, StreamIndex] | None]:
     """The step plan, and the indexes of its streams; None, and blocks of the longest length, without shards."""
     from train.reader import stored_block_len
-    from train.shards import fetch
 
-    manifest = fetch(settings.shards, "manifest.json", settings.cache)
+    manifest = read_manifest(settings.shards, settings.cache)
     if manifest is not None:
-        plan = plan_of(settings, int(json.loads(manifest.read_bytes())["block_len"]))
+        plan = plan_of(settings, manifest["block_len"])
         return plan, open_indexes(settings.shards, settings.cache, plan.streams)
     plan = plan_of(settings, max(stage.seq_len for stage in settings.curriculum.stages))
     if not any(name in stream_names(settings.shards) for name in plan.streams):

@@ -68,10 +68,10 @@ def resume_step(state: Any, plan: Plan, seed: int, fingerprints: Mapping[str, st
         raise StateMismatch(
             "the checkpoint holds no state of this data (another dataset's?): start a new run, or load weights only"
         )
-    if state["version"] != VERSION:
+    if state.get("version") != VERSION:
         raise StateMismatch(
-            f"the checkpoint's data state is of version {state['version']}, this program reads {VERSION}: resume with "
-            "the version of chimera that saved it"
+            f"the checkpoint's data state is of version {state.get('version')}, this program reads {VERSION}: resume "
+            "with the version of chimera that saved it"
         )
     step = int(state["step"])
     at = f"the checkpoint (step {step})"

@@ -113,6 +113,12 @@ def test_uncompressed_local_shards_are_read_in_place_and_verified(tmp_path: Path
         list(dataset(root, tmp_path / "cache"))
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file is where the folder should be")
+    with pytest.raises(ShardError, match=r"^shard shard.\d+.mds of \S+/train cannot be kept: .*cache[^\n]*$"):
+        list(dataset(root, tmp_path / "cache"))
+
+
 def test_an_error_keeps_its_one_line_through_a_worker(root: Path, tmp_path: Path) -> None:
     from torch.utils.data import DataLoader
 

@@ -31,7 +31,7 @@ def packed(lengths: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids, "position_ids": places}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_documents_in_one_sequence_do_not_see_each_other(attention):
     model = tiny(attention)
     lengths = [7, 12, 5]

@@ -1,6 +1,8 @@
 """Training on real shards with Composer itself: phases, stages, stops and resumes, all in one process."""
 
 import json
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +121,66 @@ def test_training_on_what_the_assistant_says_only(overrides, tmp_path):
     first = chat.index(True)
     assert some[:first] == everything[:first]  # text is trained in full
     assert some[first]["loss"] != everything[first]["loss"]
+
+
+def test_another_tokenizer_than_the_shards_is_refused(overrides, demo_shards, tmp_path):
+    other = tmp_path / "tokenizer.json"
+    other.write_text((demo_shards / "tokenizer/tokenizer.json").read_text().replace("the", "eht", 1))
+    with pytest.raises(UserError, match=r"tokenizer.json \([0-9a-f]{12}\) is not the tokenizer the shards"):
+        main(overrides("run", f"tokenizer={other}"))
+    assert main(overrides("run", f"tokenizer={demo_shards}/tokenizer", "max_duration=1ba")) == 0
+
+
+def test_curves_go_to_the_loggers_named(overrides, tmp_path):
+    main(overrides("run", "max_duration=2ba", "loggers=[file, tensorboard]"))
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["settings"]["seed"] == 17
+    assert about["versions"]["mosaicml-streaming"] == "0.13.0"
+    assert len(about["manifest"]) == 64
+    with pytest.raises(UserError, match="loggers` names 'tensorbord'"):
+        main(overrides("other", "loggers=[tensorbord]"))
+
+
+def test_single_documents_are_padded_to_the_longest_and_what_the_length_parts_is_logged(
+    overrides, demo_shards, tmp_path
+):
+    from convert import build_shards
+    from tests.train.conftest import ROOT
+
+    source = f"[{{files: ['{ROOT}/samples/it_pairs.jsonl']}}]"
+    build_shards.main(
+        [
+            str(ROOT / "yamls/demo/shards.yaml"),
+            f"tokenizer.path={demo_shards}/tokenizer",
+            f"output={tmp_path}/shards",
+            f"streams={{pairs: {{format: chatml, packing: none, sources: {source}}}}}",
+        ]
+    )
+    main(
+        [
+            *overrides("run"),
+            f"shards={tmp_path}/shards",
+            "phases=[{name: only, steps: 12, proportions: {pairs: 1}}]",
+            "curriculum.stages=[{from_step: 0, seq_len: 32}, {from_step: 6, seq_len: 128}]",
+            "scheduler.decay_steps=2",
+        ]
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["data/tokens_parted_from_their_document"] > 0 for line in lines[:6])
+    assert all("data/tokens_parted_from_their_document" not in line for line in lines[6:])
+
+
+def test_running_out_of_memory_at_the_longest_stage_shows_before_the_first_step(overrides, tmp_path):
+    """The address space is limited to 1 GB more than now; logits of 2 048 tokens × 300 000 ids take 2.4 GB."""
+    config = overrides("run", "model.vocab_size=300000", "model.hidden_size=16", "model.intermediate_size=16")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"out of memory at the longest stage ahead: 16 sequences of 128 tokens"):
+            main(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert not steps_of(tmp_path / "run")
+    assert main([*config, "device_train_microbatch_tokens=256", "max_duration=1ba"]) == 0
