@@ -47,7 +47,7 @@ class _Reject(Exception):
 
 def parse_line(raw: bytes) -> dict[str, Any] | Dropped | None:
     """One JSONL line (without a byte-order mark) as an object; `None` for a blank line."""
-    if not raw.strip():
+    if not raw or raw.isspace():
         return None
     try:
         value = json.loads(raw.decode("utf-8"))

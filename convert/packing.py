@@ -149,7 +149,8 @@ class Packer:
 
     @staticmethod
     def _join(parts: list[Array], dtype: DTypeLike) -> Array:
-        return np.concatenate(parts).astype(dtype, copy=False) if parts else np.empty(0, dtype=dtype)
+        joined = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+        return joined.astype(dtype, copy=False)
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
