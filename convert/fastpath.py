@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # fast). `\s+(?!\S)` fails only on a single white-space character, so what is left for the last `\s+` is one.
 BYTE_LEVEL = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 
+# `Digits` cuts out every number character first (the tokenizers of StarCoder and SmolLM): none joins its neighbours,
+# and white space before one is as at the end of the text.
+DIGITS_THEN_BYTE_LEVEL = r"(?:\p{N}|'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|[^\s\p{L}\p{N}]+))|\s+(?![^\s\p{N}])|\s"
+
 
 class Unequal(Exception):
     """Why a tokenizer cannot take the fast path."""
@@ -90,12 +94,14 @@ def _pattern(spec: Mapping[str, Any]) -> str:
     if len(steps) == 1 and last.get("use_regex", True):
         return BYTE_LEVEL
     split = steps[0]
+    if len(steps) == 2 and split == {"type": "Digits", "individual_digits": True} and last.get("use_regex", True):
+        return DIGITS_THEN_BYTE_LEVEL
     regex = (split.get("pattern") or {}).get("Regex")
     simple = split.get("behavior") == "Isolated" and not split.get("invert")
-    if len(steps) == 2 and split["type"] == "Split" and regex and simple and not last.get("use_regex", True):
+    if len(steps) == 2 and split.get("type") == "Split" and regex and simple and not last.get("use_regex", True):
         # text between matches is a pre-token to `tokenizers`; tiktoken would drop it
         return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"
-    raise Unequal("the pre-tokenizer is not one ByteLevel regex or Split + ByteLevel")
+    raise Unequal("the pre-tokenizer is not ByteLevel, alone or after one Split or Digits")
 
 
 def _made(model: Mapping[str, Any]) -> dict[str, int]:

@@ -110,8 +110,15 @@ def split_then_bytes(regex: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, byte_level]}
 
 
+def digits_then_bytes(individual: bool) -> dict[str, Any]:
+    digits = {"type": "Digits", "individual_digits": individual}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+
+
 FAST = {
     "byte level": with_added(*ADDED),
+    "digits first, as in SmolLM": {**with_added(*ADDED), "pre_tokenizer": digits_then_bytes(individual=True)},
     "split as in Llama 3": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(LLAMA3)},
     "split that leaves gaps": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(r"\d|[aeiou ]{2,}")},
 }
@@ -157,8 +164,23 @@ def test_the_real_tokenizer_gives_equal_ids_on_awkward_text(text: str) -> None:
     assert ids_of(fast, text) == oracle.encode(text, add_special_tokens=False).ids
 
 
-def test_both_regex_engines_class_all_characters_alike() -> None:
+def test_both_libraries_class_all_characters_alike() -> None:
     assert same_character_classes()
+
+
+def test_digits_are_cut_out_where_the_regex_finds_a_number() -> None:
+    import tiktoken
+    from tokenizers.pre_tokenizers import Digits
+
+    characters = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x40000))]
+    pieces = Digits(individual_digits=True).pre_tokenize_str("".join(f"xx{c}" for c in characters))
+    numbers = tiktoken.Encoding("n", pat_str=r"\p{N}", mergeable_ranks=dict(BYTES), special_tokens={})
+    found = bytes(numbers.encode("".join(characters), disallowed_special=())).decode()
+    assert [piece for piece, _ in pieces if len(piece) == 1] == list(found)
+    assert len(found) > 1500
+
+
+BYTES = [(bytes([byte]), byte) for byte in range(256)]
 
 
 def model(**parts: Any) -> dict[str, Any]:
@@ -188,18 +210,7 @@ SLOW = {
         changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
         "prefix space",
     ),
-    "digits first": (
-        changed(
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Digits", "individual_digits": True},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-                ],
-            }
-        ),
-        "pre-tokenizer",
-    ),
+    "digits together": (changed(pre_tokenizer=digits_then_bytes(individual=False)), "pre-tokenizer"),
     "token of two merges": (merges_with(("x", "y"), ("y", "q"), ("xy", "q"), ("x", "yq")), "more than one merge"),
     "ids out of order": (swapped_ids(), "order of merges"),
     # x+y comes before x+yq, so that merging x, y, q never makes xyq
