@@ -115,7 +115,7 @@ def test_uncompressed_local_shards_are_read_in_place_and_verified(tmp_path: Path
 
 def test_a_cache_that_cannot_be_written_is_one_line(root: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file is where the folder should be")
-    with pytest.raises(ShardError, match=r"^shard shard.\d+.mds of \S+/train cannot be kept: .*cache[^\n]*$"):
+    with pytest.raises(ShardError, match=r"^shard \S+/shard.\d+.mds cannot be kept in \S+/cache: [^\n]*$"):
         list(dataset(root, tmp_path / "cache"))
 
 
