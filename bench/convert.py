@@ -6,14 +6,15 @@
     (a)       `tokenizers.encode_batch_fast` on all cores, text already in memory, nothing written
     (b)       `datasets` streaming, one `tokenizer(text)` call a document in DataLoader workers, MDSWriter
 
-Each way's tokens are compared with the others' outside of its time. Compare ratios within a run; each way's time is
-the best of the rounds.
+Each way's tokens are compared with the others' outside of its time. Compare ratios within a run, each way at the best
+of the rounds. All three keep every core busy, so on a machine with other work the CPU seconds are the fairer measure.
 """
 
 import argparse
 import glob
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ SHARED = ROOT.parent / "shared" / "data"
 BLOCK_LEN, EOS_ID, PAD_ID = 1024, 0, 1
 FILES = 8
 CORES = len(os.sched_getaffinity(0))
+Spent = tuple[float, float]  # wall seconds, CPU seconds
 
 
 def main() -> None:
@@ -44,31 +46,42 @@ def main() -> None:
     tokenizer = Path(args.tokenizer) / "tokenizer.json"
     with tempfile.TemporaryDirectory() as folder:
         files, size = prepare(args.data, args.megabytes * 10**6, Path(folder))
-        ways: dict[str, Callable[[list[str], Path, Path], tuple[float, np.ndarray]]] = {
+        ways: dict[str, Callable[[list[str], Path, Path], tuple[Spent, np.ndarray]]] = {
             "builder": builder,
             "encode_batch_fast": encode_batch_fast,
             "usual": usual,
         }
-        seconds: dict[str, float] = {}
+        runs: dict[str, list[Spent]] = {name: [] for name in ways}
         counts: dict[str, np.ndarray] = {}
         for turn in range(args.rounds):
             for name, way in ways.items():
                 spent, counts[name] = way(files, tokenizer, Path(folder, f"{name}{turn}"))
-                seconds[name] = min(spent, seconds.get(name, spent))
-                print(f"round {turn}: {name}: {spent:.1f} s, {size / spent / 1e6:.1f} MB/s", file=sys.stderr)
-    speeds = {name: size / spent / 1e6 for name, spent in seconds.items()}
+                runs[name].append(spent)
+                print(f"round {turn}: {name}: {spent[0]:.1f} s, {spent[1]:.1f} CPU s", file=sys.stderr)
+    wall, cpu = ({name: min(column) for name, column in columns(runs, i).items()} for i in (0, 1))
     found = {
         "cores": CORES,
+        "load": os.getloadavg()[0],
         "megabytes": round(size / 1e6, 1),
-        "megabytes_per_second": {name: round(speed, 1) for name, speed in speeds.items()},
-        "builder_times_encode_batch_fast": round(speeds["builder"] / speeds["encode_batch_fast"], 1),
-        "builder_times_usual": round(speeds["builder"] / speeds["usual"], 1),
+        "megabytes_per_second": {name: round(size / 1e6 / seconds, 1) for name, seconds in wall.items()},
+        "megabytes_per_cpu_second": {name: round(size / 1e6 / seconds, 1) for name, seconds in cpu.items()},
+        "builder_is_faster": {name: round(wall[name] / wall["builder"], 1) for name in wall},
+        "builder_is_faster_per_cpu_second": {name: round(cpu[name] / cpu["builder"], 1) for name in cpu},
         "tokens": int(counts["builder"].sum()),
         "same_ids": all(np.array_equal(count, counts["builder"]) for count in counts.values()),
     }
     print(json.dumps(found, indent=2))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def columns(runs: dict[str, list[Spent]], i: int) -> dict[str, list[float]]:
+    return {name: [spent[i] for spent in all_spent] for name, all_spent in runs.items()}
+
+
+def cpu_seconds() -> float:
+    """Of this process, its threads and its ended children."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def prepare(patterns: list[str], size: int, folder: Path) -> tuple[list[str], int]:
@@ -92,7 +105,7 @@ def prepare(patterns: list[str], size: int, folder: Path) -> tuple[list[str], in
     return files, once * times
 
 
-def builder(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.ndarray]:
+def builder(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.ndarray]:
     """Our builder as a user runs it, its start included."""
     config = {
         "output": str(out),
@@ -103,57 +116,58 @@ def builder(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.nda
     }
     file = out.with_suffix(".yaml")
     file.write_text(json.dumps(config))
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), cpu_seconds()
     subprocess.run(
         [sys.executable, ROOT / "convert" / "build_shards.py", file], check=True, stderr=subprocess.DEVNULL, cwd=ROOT
     )
-    spent = time.perf_counter() - began
+    spent = time.perf_counter() - began, cpu_seconds() - cpu
     return spent, histogram(out / "text" / "train", "<u2")
 
 
-def encode_batch_fast(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.ndarray]:
+def encode_batch_fast(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.ndarray]:
     """Only the encoding calls, in batches of 1 000 texts; reading and what is done with the ids is not counted."""
     return child("_encode_alone", tokenizer, out, files), np.load(f"{out}.npy")
 
 
-def child(function: str, tokenizer: Path, out: Path, files: list[str]) -> float:
-    """Run a function of this file in a process of its own; the seconds it says it took."""
-    code = f"import sys; sys.path[0] = sys.argv[1]; from bench.convert import {function} as f; print(f(*sys.argv[2:]))"
+def child(function: str, tokenizer: Path, out: Path, files: list[str]) -> Spent:
+    """Run a function of this file in a process of its own; the wall and CPU seconds it says it took."""
+    code = f"import sys; sys.path[0] = sys.argv[1]; from bench.convert import {function} as f; print(*f(*sys.argv[2:]))"
     command = [sys.executable, "-c", code, str(ROOT), str(tokenizer), str(out), *files]
-    return float(subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
+    wall, cpu = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout.split()
+    return float(wall), float(cpu)
 
 
-def _encode_alone(tokenizer: str, out: str, *files: str) -> float:
+def _encode_alone(tokenizer: str, out: str, *files: str) -> Spent:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(tokenizer)
-    spent, counts = 0.0, np.zeros(1 << 16, np.int64)
+    wall, cpu, counts = 0.0, 0.0, np.zeros(1 << 16, np.int64)
     for file in files:
         texts = pq.read_table(file)["text"].to_pylist()
         for start in range(0, len(texts), 1000):
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), cpu_seconds()
             batch = loaded.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
-            spent += time.perf_counter() - began
+            wall, cpu = wall + time.perf_counter() - began, cpu + cpu_seconds() - cpu_began
             for encoding in batch:
                 counts += np.bincount([*encoding.ids, EOS_ID], minlength=1 << 16)
     np.save(f"{out}.npy", counts)
-    return spent
+    return wall, cpu
 
 
-def usual(files: list[str], tokenizer: Path, out: Path) -> tuple[float, np.ndarray]:
+def usual(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.ndarray]:
     """The pattern of today's conversion scripts; its long imports are not counted."""
     return child("_usual", tokenizer, out, files), histogram(out, "<i4")
 
 
-def _usual(tokenizer: str, out: str, *files: str) -> float:
+def _usual(tokenizer: str, out: str, *files: str) -> Spent:
     from datasets import load_dataset
     from streaming import MDSWriter
     from torch.utils.data import DataLoader, IterableDataset
     from transformers import PreTrainedTokenizerFast
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), cpu_seconds()
     rows = load_dataset("parquet", data_files=list(files), split="train", streaming=True)
 
     class Concatenated(IterableDataset):  # type: ignore[misc]
@@ -174,7 +188,7 @@ def _usual(tokenizer: str, out: str, *files: str) -> float:
         for batch in loader:
             for sample in batch:
                 writer.write(sample)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, cpu_seconds() - cpu
 
 
 def histogram(folder: Path, dtype: str) -> np.ndarray:
