@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from convert.documents import Document
 from convert.encoding import Encoder
 
 EOS, PAD, START, END = "<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>"
@@ -63,3 +64,11 @@ def slow_encoder(json_spec: dict[str, Any] | None = None) -> Encoder:
     found = encoder(json_spec)
     found._leave_fast_path("for the test")
     return found
+
+
+def ids_of(enc: Encoder, text: str) -> list[int]:
+    """The ids of one text without the EOS that must end them."""
+    ((ids, mask),) = enc.encode([Document((text,))])
+    assert mask is None
+    assert ids[-1] == enc.eos_id
+    return list(ids[:-1].tolist())

@@ -1,0 +1,210 @@
+"""The fast path gives the ids of `tokenizers`, whatever the text holds, and is not taken where that is not proven."""
+
+import glob
+import json
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert.documents import Document
+from convert.encoding import Encoder
+from convert.fastpath import same_character_classes
+from convert.settings import TokenizerSettings
+from tests.convert.small_tokenizer import (
+    ADDED,
+    END,
+    EOS,
+    PAD,
+    REAL_DATA,
+    START,
+    changed,
+    encoder,
+    ids_of,
+    slow_encoder,
+    spec,
+    with_added,
+)
+
+real = pytest.mark.skipif(not (REAL_DATA / "tokenizer").is_dir(), reason="the real data is not here")
+
+# What web text can do to a tokenizer: special tokens, added words and pieces of both, spaces of all kinds, elisions.
+AWKWARD = [EOS, PAD, START, END, *ADDED, "endare", "cia", "o", "<|", "|>", "<|im_", "'s", "'ll", "'S", "’s", "-"]
+AWKWARD += [" ", "  ", "\n", "\r\n", "\t", "\xa0", "\u2003", "\u200d", "\ufeff", "\x7f"]
+AWKWARD += ["1", "²", "Ⅷ", "é", "e\u0301", "🏳️‍🌈", "漢字", "ß"]
+texts = st.lists(st.sampled_from(AWKWARD) | st.text(max_size=6), max_size=12).map("".join)
+
+
+def reference(json_spec: dict[str, Any]) -> Any:
+    """`tokenizers` itself with the special tokens taken out, so that their text is only text."""
+    from tokenizers import Tokenizer
+
+    plain = [token for token in json_spec["added_tokens"] if not token["special"]]
+    return Tokenizer.from_str(json.dumps({**json_spec, "added_tokens": plain}))
+
+
+@cache
+def real_tokenizer() -> tuple[Encoder, Any]:
+    raw = (REAL_DATA / "tokenizer" / "tokenizer.json").read_bytes()
+    return Encoder(raw, EOS, PAD, "real"), reference(json.loads(raw))
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_then_bytes(regex: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
+def digits_then_bytes(individual: bool) -> dict[str, Any]:
+    digits = {"type": "Digits", "individual_digits": individual}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+
+
+FAST = {
+    "byte level": with_added(*ADDED),
+    "digits first, as in SmolLM": {**with_added(*ADDED), "pre_tokenizer": digits_then_bytes(individual=True)},
+    "split as in Llama 3": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(LLAMA3)},
+    "split that leaves gaps": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(r"\d|[aeiou ]{2,}")},
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_fast_path_gives_the_ids_of_tokenizers(name: str) -> None:
+    fast, slow, oracle = encoder(FAST[name]), slow_encoder(FAST[name]), reference(FAST[name])
+    assert (fast.path, slow.path) == ("tiktoken", "tokenizers")
+    special = set(fast.special_ids.values())
+
+    @given(texts)
+    def check(text: str) -> None:
+        expected = oracle.encode(text, add_special_tokens=False).ids
+        assert ids_of(fast, text) == expected
+        assert ids_of(slow, text) == expected
+        assert not special.intersection(expected)
+        assert fast.decode(expected) == text
+
+    check()
+
+
+@real
+def test_the_real_tokenizer_gives_equal_ids_on_all_real_documents() -> None:
+    import pyarrow.parquet as pq
+
+    settings = TokenizerSettings(str(REAL_DATA / "tokenizer"))
+    fast, slow = Encoder.from_settings(settings), Encoder.from_settings(settings, path="tokenizers")
+    assert (fast.path, fast.vocab_size, fast.eos_id, fast.pad_id) == ("tiktoken", 32043, 0, 1)
+    documents = 0
+    for file in sorted(glob.glob(str(REAL_DATA / "*" / "*.parquet"))):
+        batch = [Document((text,)) for text in pq.read_table(file, columns=["text"])["text"].to_pylist()]
+        for (ours, _), (theirs, _) in zip(fast.encode(batch), slow.encode(batch), strict=True):
+            assert np.array_equal(ours, theirs)
+        documents += len(batch)
+    assert documents > 8000
+
+
+@real
+@given(st.lists(st.sampled_from(["ciao", "quindi", "quello", "perche", "dare"]) | texts, max_size=8).map("".join))
+def test_the_real_tokenizer_gives_equal_ids_on_awkward_text(text: str) -> None:
+    fast, oracle = real_tokenizer()
+    assert ids_of(fast, text) == oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_both_libraries_class_all_characters_alike() -> None:
+    assert same_character_classes()
+
+
+def test_digits_are_cut_out_where_the_regex_finds_a_number() -> None:
+    import tiktoken
+    from tokenizers.pre_tokenizers import Digits
+
+    characters = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x40000))]
+    pieces = Digits(individual_digits=True).pre_tokenize_str("".join(f"xx{c}" for c in characters))
+    numbers = tiktoken.Encoding("n", pat_str=r"\p{N}", mergeable_ranks=dict(BYTES), special_tokens={})
+    found = bytes(numbers.encode("".join(characters), disallowed_special=())).decode()
+    assert [piece for piece, _ in pieces if len(piece) == 1] == list(found)
+    assert len(found) > 1500
+
+
+BYTES = [(bytes([byte]), byte) for byte in range(256)]
+
+
+def merges_with(*more: tuple[str, str]) -> dict[str, Any]:
+    """The model with merges appended, and their tokens at the end of the vocabulary."""
+    found = json.loads(spec())["model"]
+    for left, right in more:
+        found["vocab"].setdefault(left + right, len(found["vocab"]))
+        found["merges"].append([left, right])
+    return changed(model=found)
+
+
+def swapped_ids() -> dict[str, Any]:
+    """The model with the ids of the tokens of its first two merges exchanged."""
+    found = json.loads(spec())["model"]
+    a, b = ("".join(merge) for merge in found["merges"][:2])
+    found["vocab"][a], found["vocab"][b] = found["vocab"][b], found["vocab"][a]
+    return changed(model=found)
+
+
+SLOW = {
+    "normalizer": (changed(normalizer={"type": "NFC"}), "NFC"),
+    "prefix space": (
+        changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        "prefix space",
+    ),
+    "digits together": (changed(pre_tokenizer=digits_then_bytes(individual=False)), "pre-tokenizer"),
+    "token of two merges": (merges_with(("x", "y"), ("y", "q"), ("xy", "q"), ("x", "yq")), "more than one merge"),
+    "ids out of order": (swapped_ids(), "order of merges"),
+    # x+y comes before x+yq, so that merging x, y, q never makes xyq
+    "token out of reach": (merges_with(("x", "y"), ("y", "q"), ("x", "yq")), "does not yield"),
+    "one word begins another": (with_added("dare", "darei"), "start of"),
+    "out of reach, though taken whole": (
+        (lambda s: {**s, "model": {**s["model"], "ignore_merges": True}})(
+            merges_with(("x", "y"), ("y", "q"), ("x", "yq"))
+        ),
+        "does not yield",
+    ),
+    "flags": (with_added("dare", single_word=True), "single_word"),
+    "words inside a special token": (with_added("endoftext"), "overlaps"),
+    "words after a special token": (with_added("|>dopo"), "overlaps"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_not_proven_takes_the_slow_path(name: str) -> None:
+    json_spec, reason = SLOW[name]
+    enc = encoder(json_spec)
+    assert enc.path == "tokenizers"
+    assert reason in enc.reason
+
+    from tokenizers import Tokenizer
+
+    oracle = Tokenizer.from_str(json.dumps(json_spec))
+    oracle.encode_special_tokens = True
+
+    @given(texts | st.text("xyqz ", max_size=12))
+    def check(text: str) -> None:
+        assert ids_of(enc, text) == oracle.encode(text, add_special_tokens=False).ids
+
+    check()
+
+
+def test_a_sample_that_differs_leaves_the_fast_path() -> None:
+    enc, other = encoder(), encoder(with_added("sedie"))
+    enc.verify_sample(["Il gatto dorme.", "ciao"])
+    assert enc.path == "tiktoken"
+    assert "2 texts" in enc.reason
+    enc._fast, enc._found = other._fast, other._found  # an encoding that finds a word it should not
+    enc.verify_sample(["Il gatto dorme."])
+    assert enc.path == "tiktoken"
+    enc.verify_sample(["Il gatto dorme.", "con quattro sedie"])
+    assert enc.path == "tokenizers"
+    assert ids_of(enc, "con quattro") == ids_of(encoder(), "con quattro")
