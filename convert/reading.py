@@ -163,7 +163,10 @@ def _open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO,
         file.seek(start.offset or 0)
     else:  # the line that runs into this range belongs to the one before
         file.seek(span.begin - 1)
-        _line(file)
+        while span.end is None or file.tell() < span.end:  # a line longer than the range leaves it without any
+            skipped = file.readline(1 << 20)
+            if not skipped or skipped.endswith(b"\n"):
+                break
     return file, file.tell()
 
 

@@ -103,19 +103,24 @@ def _shards(folder: Path) -> dict[str, str]:
 
 
 def kill_until_done(
-    settings: dict[str, Any], folder: Path, rng: random.Random, seconds: tuple[float, float], most: int, sign: int = 9
+    settings: dict[str, Any],
+    folder: Path,
+    rng: random.Random,
+    seconds: tuple[float, float],
+    most: int,
+    **environment: str,
 ) -> int:
     """Kill the builder (its workers die with it) again and again, then let it end; how often it was killed."""
     for kills in range(most):
-        process = builds.start(settings, folder)
+        process = builds.start(settings, folder, **environment)
         try:
             said, _ = process.communicate(timeout=rng.uniform(*seconds))
             assert process.returncode == 0, said
             return kills
         except builds.subprocess.TimeoutExpired:
-            process.send_signal(sign)
+            process.kill()
             process.communicate(timeout=60)  # the pipe closes when the last worker is gone
-    code, said = builds.run(settings, folder)
+    code, said = builds.run(settings, folder, **environment)
     assert code == 0, said
     return most
 

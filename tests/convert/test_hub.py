@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from tests.convert import builds
 from tests.convert.hub_server import COMMIT, HubServer
+from tests.convert.test_crash import kill_until_done
 
 CARD = b"---\nconfigs:\n- config_name: it\n  data_files:\n  - split: train\n    path: it/*.parquet\n---\n"
 SET, GATED, AWAY = "uonlp/CulturaX", "uonlp/Gated", "uonlp/Away"
@@ -211,3 +213,20 @@ def test_messages_hide_the_query_of_signed_addresses() -> None:
 
     said = _say(OSError("500 for url: https://cdn.example/f?X-Amz-Signature=abc&x=1 (tried twice)"))
     assert said == "500 for url: https://cdn.example/f?… (tried twice)"
+
+
+@pytest.mark.chaos
+def test_chaos_kills_of_builds_from_the_hub(
+    hub: HubServer, environment: dict[str, str], wanted: dict[str, str], tmp_path: Path
+) -> None:
+    rng = random.Random()
+    kills = rounds = 0
+    while kills < 16:
+        folder = tmp_path / str(rounds)
+        folder.mkdir()
+        hub.faults.arm(after=rng.randrange(20), resets=1)
+        settings = settings_for(folder, IT, workers=rng.choice([1, 2]))
+        kills += kill_until_done(settings, folder, rng, (2.0, 30.0), most=8, **environment)
+        assert shards(folder / "out") == wanted
+        rounds += 1
+    print(f"\nhub: {kills} kills over {rounds} builds, each ended byte-identical to the build from disk")

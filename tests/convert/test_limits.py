@@ -1,0 +1,54 @@
+"""Bounds: a full disk, memory under one enormous line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.convert import builds
+
+GIB = 1 << 30
+
+
+def test_a_full_disk_is_one_clear_line_and_the_build_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """On a real file system of 300 kB, mounted in a namespace of its own."""
+    builds.write_sources(tmp_path / "in")
+    disk, path = tmp_path / "disk", tmp_path / "shards.yaml"
+    disk.mkdir()
+    path.write_text(json.dumps(builds.config(tmp_path / "in", disk / "out", compression=None)))
+    build = f"{sys.executable} {builds.ROOT}/convert/build_shards.py {path}"
+    script = (
+        f"mount -t tmpfs -o size=300k tmpfs {disk} || exit 77; {build}; echo code=$?; "
+        f"mount -o remount,size=50m {disk}; {build}; echo code=$?; cp -r {disk}/out {tmp_path}/copy"
+    )
+    found = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip("no user namespaces with mounts here")
+    assert found.stdout.split() == ["code=2", "code=0"], found.stderr
+    assert f"error: no space left for {disk}/out/.work" in found.stderr
+    assert "Traceback" not in found.stderr
+    builds.build_here(builds.config(tmp_path / "in", tmp_path / "roomy", compression=None))
+    assert builds.tree(tmp_path / "copy") == builds.tree(tmp_path / "roomy")
+
+
+def test_a_line_of_100_mb_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
+    text = "perché la città è più bella, 東京 non lo è. " * 2_000_000
+    assert len(text.encode()) > 100e6
+    (tmp_path / "in.jsonl").write_bytes(builds.jsonl([{"text": builds.PROSE}, {"text": text}, {"text": builds.PROSE}]))
+    del text
+    settings = builds.config(
+        tmp_path, tmp_path / "out", block_len=1024, shard_bytes=32 << 20, part_bytes=64 << 20, workers=1
+    )
+    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/in.jsonl"]}]}}
+    (tmp_path / "shards.yaml").write_text(json.dumps(settings))
+    measure = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, f"{builds.ROOT}/convert/build_shards.py", str(tmp_path / "shards.yaml")]
+    found = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=True)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]
+    assert manifest["rows"]["documents"] == 3
+    assert int(found.stdout) * 1024 < GIB  # of the builder and its worker, whichever took more
