@@ -85,8 +85,9 @@ class Packer:
         tokens = self._join(self._ready, self.dtype).reshape(-1, self.block_len)
         masks = self._join(self._ready_masks, np.bool_).reshape(-1, self.block_len) if self.masked else None
         n = len(tokens) if limit is None else min(limit, len(tokens))
-        self._ready = [tokens[n:].reshape(-1)]
-        self._ready_masks = [masks[n:].reshape(-1)] if masks is not None else []
+        rest = n < len(tokens)  # an empty view would keep all the blocks in memory
+        self._ready = [tokens[n:].reshape(-1)] if rest else []
+        self._ready_masks = [masks[n:].reshape(-1)] if rest and masks is not None else []
         padding = n * self.block_len - sum(self._ready_fill[:n])
         del self._ready_fill[:n]
         return tokens[:n], masks[:n] if masks is not None else None, padding
