@@ -5,6 +5,7 @@ are taken in it, one after another on the same shards; compare ratios, not runs 
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,10 @@ def main() -> None:
     found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "batch": BATCH, "block_len": BLOCK_LEN}
     with tempfile.TemporaryDirectory() as folder:
         root = make(Path(folder, "shards"), args.blocks)
-        found["blocks_per_second"] = speeds = throughput(root, Path(folder, "cache"), args.seconds)
-        plain = {workers: speeds[f"streaming, {workers} workers"] for workers in (0, 1, 2)}
-        found["times_plain"] = {w: round(speeds[f"mixture, {w} workers"] / plain[w], 1) for w in plain}
+        for kind, speeds in throughput(root, Path(folder, "cache"), args.seconds).items():
+            plain = {workers: speeds[f"streaming, {workers} workers"] for workers in (0, 1, 2)}
+            times = {w: round(speeds[f"mixture, {w} workers"] / plain[w], 1) for w in plain}
+            found[f"blocks_per_{kind}"] = {**speeds, "mixture as a multiple of streaming": times}
         far = far_shards(Path(folder, "far"))
         found["first_batch"] = {str(step): apart(first_batch, far, Path(folder, "cache"), step) for step in (0, 10**8)}
     print(json.dumps(found, indent=2))
@@ -69,33 +72,44 @@ def plan(steps: int) -> Plan:
     return build_plan([Phase("p", steps, STREAMS, BATCH)], [Stage(0, BLOCK_LEN)], "sequences", BLOCK_LEN)
 
 
-def throughput(root: Path, cache: Path, seconds: float) -> dict[str, int]:
-    """Blocks a second of each loader after its first batches, the best of three rounds."""
-    speeds: dict[str, int] = {}
+def throughput(root: Path, cache: Path, seconds: float) -> dict[str, dict[str, int]]:
+    """Blocks of each loader a second, and a second of CPU time (which others on the machine disturb less).
+
+    After its first batches, the best of three rounds.
+    """
+    found: dict[str, dict[str, int]] = {"second": {}, "cpu_second": {}}
     for _ in range(3):
-        for name, batches in loaders(root, cache):
-            speeds[name] = max(speeds.get(name, 0), measure(batches, seconds))
-    return speeds
+        for name, make_batches in loaders(root, cache):
+            for kind, speed in zip(found, measure(make_batches(), seconds), strict=True):
+                found[kind][name] = max(found[kind].get(name, 0), speed)
+    return found
 
 
-def loaders(root: Path, cache: Path) -> Iterator[tuple[str, Iterable[Any]]]:
-    """Name and batches of each contender, made one after another."""
+def loaders(root: Path, cache: Path) -> list[tuple[str, Callable[[], Iterable[Any]]]]:
+    """Each contender's name, and what makes its batches."""
     from streaming import Stream, StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
 
     from train.mixture import MixtureDataset
 
-    yield "bare memory map", memory_map(root)
-    for workers in (0, 1, 2):
+    def mixture(workers: int) -> Iterable[Any]:
         data = MixtureDataset(root=str(root), cache=str(cache), plan=plan(10**7), seed=17)
         # records cross from a worker as numpy arrays, four times as fast as tensors, which take a file handle each
         loader: Any = DataLoader(data, batch_size=None, collate_fn=as_it_is, num_workers=workers)
-        yield f"mixture, {workers} workers", map(as_tensors, loader)
+        return map(as_tensors, loader)
+
+    def plain(workers: int) -> Iterable[Any]:
         streams = [Stream(local=str(root / name / "train"), proportion=float(share)) for name, share in STREAMS.items()]
         clean_stale_shared_memory()
-        plain = StreamingDataset(streams=streams, batch_size=BATCH, shuffle=True, shuffle_seed=17)
-        yield f"streaming, {workers} workers", StreamingDataLoader(plain, batch_size=BATCH, num_workers=workers)
+        data = StreamingDataset(streams=streams, batch_size=BATCH, shuffle=True, shuffle_seed=17)
+        return StreamingDataLoader(data, batch_size=BATCH, num_workers=workers)
+
+    contenders: list[tuple[str, Callable[[], Iterable[Any]]]] = [("bare memory map", partial(memory_map, root))]
+    for workers in (0, 1, 2):
+        contenders.append((f"mixture, {workers} workers", partial(mixture, workers)))
+        contenders.append((f"streaming, {workers} workers", partial(plain, workers)))
+    return contenders
 
 
 def as_it_is(record: Any) -> Any:
@@ -109,17 +123,25 @@ def as_tensors(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "tokens": torch.from_numpy(record["tokens"])}
 
 
-def measure(batches: Iterable[Any], seconds: float, warm: int = 20) -> int:
-    """Blocks a second of batches of `{"tokens": [blocks, block_len]}`, over at most `seconds`."""
+def measure(batches: Iterable[Any], seconds: float, warm: int = 20) -> tuple[int, int]:
+    """Blocks of `{"tokens": [blocks, block_len]}` a second and a CPU second, over at most `seconds`."""
+    cpu = cpu_seconds()
     iterator = iter(batches)
-    for _ in islice(iterator, warm):
-        pass
+    warmed = sum(len(batch["tokens"]) for batch in islice(iterator, warm))
     count, start = 0, time.perf_counter()
     for batch in iterator:
         count += len(batch["tokens"])
-        if time.perf_counter() - start > seconds:
+        if (took := time.perf_counter() - start) > seconds:
             break
-    return round(count / (time.perf_counter() - start))
+    del iterator, batches
+    gc.collect()  # workers end, and their CPU time is known
+    return round(count / took), round((count + warmed) / (cpu_seconds() - cpu))
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def memory_map(root: Path) -> Iterator[dict[str, np.ndarray]]:
