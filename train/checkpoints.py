@@ -27,6 +27,7 @@ from train.settings import TrainSettings
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 PREEMPTED = 143  # exit code: 128 + SIGTERM
+RUN_FILES = ("steps.jsonl", "metrics.jsonl", "starts.jsonl", "config.json")  # beside the checkpoints
 
 
 class StopRequested(Exception):
@@ -89,13 +90,12 @@ def choose_start(settings: TrainSettings, folder: Path) -> Start:
 
 
 def _newest_remote(uri: str, folder: Path) -> tuple[int, Path] | None:
-    """The newest complete checkpoint of an object store, fetched into `folder`."""
-    from composer.utils import maybe_create_object_store_from_uri, parse_uri
-
-    store = maybe_create_object_store_from_uri(uri)
-    assert store is not None
-    prefix = parse_uri(uri)[2].rstrip("/")
-    names = store.list_objects(f"{prefix}/" if prefix else None)
+    """The newest complete checkpoint of an object store, fetched into `folder` with the run's own files."""
+    store, prefix = _object_store(uri)
+    names = store.list_objects(prefix or None)
+    for file in RUN_FILES:
+        if prefix + file in names and not (folder / file).exists():  # another machine than before
+            store.download_object(prefix + file, folder / file)
     found = sorted([(int(m[2]), n) for n in names if (m := NAME.search(n))], reverse=True)
     for step, name in found:
         path = folder / Path(name).name
@@ -106,6 +106,14 @@ def _newest_remote(uri: str, folder: Path) -> tuple[int, Path] | None:
         else:
             return step, path
     return None
+
+
+def _object_store(uri: str) -> tuple[Any, str]:
+    """Composer's store for `s3://bucket/prefix` and the like, and `prefix/` (empty for a whole bucket)."""
+    from composer.utils import maybe_create_object_store_from_uri, parse_uri
+
+    prefix = parse_uri(uri)[2].rstrip("/")
+    return maybe_create_object_store_from_uri(uri), f"{prefix}/" if prefix else ""
 
 
 def damage_of(path: Path) -> str | None:
@@ -123,11 +131,13 @@ class Checkpoints(CheckpointSaver):
 
     Args:
         folder: where checkpoints go, local or an object store's URI.
+        run_folder: local folder of the run's own files, which go along to an object store.
         interval: steps between checkpoints.
         keep: newest checkpoints kept in a local folder; -1: all.
     """
 
-    def __init__(self, folder: str, interval: int, keep: int) -> None:
+    def __init__(self, folder: str, run_folder: Path, interval: int, keep: int) -> None:
+        self.uri, self.run_folder = folder, run_folder
         self.interval = interval
         self.stop_signal: int | None = None
         self.stopping = False
@@ -142,6 +152,8 @@ class Checkpoints(CheckpointSaver):
             overwrite=True,  # what is newer than the checkpoint a run resumes from is its own to write again
             num_checkpoints_to_keep=keep,
         )
+        # Composer's 30 seconds between looks for an upload are more than a preempted machine has.
+        self._symlink_upload_wait_before_next_try_in_seconds = 1.0
 
     def _is_due(self, state: State, event: Event) -> bool:
         if event != Event.BATCH_CHECKPOINT:
@@ -188,6 +200,11 @@ class Checkpoints(CheckpointSaver):
         path = Path(self.filename.format(state))
         try:
             super()._save_checkpoint(state, logger)
+            if self.remote_uploader is not None and dist.get_global_rank() == 0:
+                store, prefix = _object_store(self.uri)
+                for file in RUN_FILES:
+                    if (self.run_folder / file).exists():
+                        store.upload_object(prefix + file, self.run_folder / file)
         except (OSError, RuntimeError) as error:
             if not path.exists() or damage_of(path) is None:
                 raise

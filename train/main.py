@@ -200,7 +200,7 @@ def build_trainer(
         About(model, shards, settings),
         *speed(model, on_gpu),
         *([Generate(settings.generate, shards)] if settings.generate.interval else []),
-        Checkpoints(settings.save_folder, settings.save_interval, settings.save_keep),
+        Checkpoints(settings.save_folder, folder, settings.save_interval, settings.save_keep),
     ]
     trainer = Trainer(
         run_name=settings.run_name,

@@ -59,13 +59,14 @@ def test_checkpoints_in_an_object_store_resume_past_a_damaged_one(overrides, tmp
     main([*remote, "max_duration=10ba"])
     stored = tmp_path / "s3" / "bucket" / "runs" / "a"
     assert {"ep0-ba5-rank0.pt", "ep0-ba10-rank0.pt"} <= {path.name for path in stored.iterdir()}
+    assert {"steps.jsonl", "config.json"} <= {path.name for path in stored.iterdir()}
 
     newest = stored / "ep0-ba10-rank0.pt"
     newest.write_bytes(newest.read_bytes()[:10_000])
     subprocess.run(["rm", "-rf", "runs"], check=True)  # another machine: nothing local is left
     main([*remote, "max_duration=20ba"])
     assert "ep0-ba10-rank0.pt of s3://bucket/runs/a is damaged" in capsys.readouterr().err
-    assert steps_of(Path("runs/a"))[-15:] == steps_of(tmp_path / "whole")[-15:]
+    assert steps_of(Path("runs/a")) == steps_of(tmp_path / "whole")
     (tmp_path / "end").mkdir()
     (stored / "ep0-ba20-rank0.pt").rename(tmp_path / "end" / "ep0-ba20-rank0.pt")
     ours, theirs = weights_of(tmp_path / "end", 20), weights_of(tmp_path / "whole", 20)
