@@ -23,7 +23,7 @@ from train.reader import BlockReader, Key
 from train.schedule import Plan, Segment
 from train.state import make_state, resume_step
 
-CHUNK = 512  # blocks this rank reads at once, about; the first chunk is one step, so that the first batch is soon there
+CHUNK = 512  # blocks this rank reads at once, about; it begins with one step, so that the first batch is soon there
 
 
 class MixtureDataset(StreamingDataset):
@@ -126,7 +126,7 @@ class MixtureDataset(StreamingDataset):
                 end = min(segment.end_step, step + min(chunk * workers, most))
                 yield from self._read(reader, segment, self.order.steps(step, end), workers)
                 step += -(-(end - step) // workers) * workers
-                chunk *= 2
+                chunk = min(2 * chunk, CHUNK)
         finally:
             reader.close()
 

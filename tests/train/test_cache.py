@@ -5,8 +5,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,6 +281,30 @@ def test_a_job_killed_twenty_times_goes_on_without_cleaning_up(remote: str, tmp_
     seen += received(steps)
     job.join()
     assert (job.exitcode, seen) == (0, expected)
+
+
+@pytest.mark.chaos
+def test_two_jobs_killed_at_random_share_a_limited_cache(remote: str, tmp_path: Path) -> None:
+    """150 kills at any moment, of two jobs that evict and fetch each other's shards."""
+    expected = [(r["step"], r["digest"]) for r in dataset(remote, tmp_path / "other")]
+    limit = smallest_cache(open_indexes(remote, str(tmp_path / "cache"), STREAMS).values(), lanes=1)
+    dice = random.Random(7)
+    seen: list[list[tuple[int, str]]] = [[], []]
+    for _ in range(75):
+        jobs = [start_job(remote, tmp_path / "cache", len(one) % PLAN.steps, limit) for one in seen]
+        threading.Event().wait(dice.random() / 4)
+        for (job, steps), one in zip(jobs, seen, strict=True):
+            for report in received(steps):
+                one.append(report)
+                if dice.random() < 0.3:
+                    break
+            os.kill(job.pid, signal.SIGKILL)
+            job.join()
+            assert job.exitcode == -signal.SIGKILL or one[-1][0] == PLAN.steps - 1
+        assert used(tmp_path / "cache") <= limit
+    for one in seen:
+        assert len(one) > PLAN.steps
+        assert one == [expected[i % PLAN.steps] for i in range(len(one))]
 
 
 @pytest.mark.parametrize("limited", [True, False])
