@@ -71,7 +71,7 @@ class ShardCache:
             return self._open_in_place(index, shard)
         path = self.path(index, shard)
         try:
-            with _locked(path):
+            with locked(path):
                 if path.exists() and not self._is_good(path, shard.raw):
                     say(f"{path} was damaged (its hash is not the index's): fetching it again")
                     path.unlink()
@@ -136,11 +136,12 @@ class ShardCache:
             if shard.zip is not None:
                 data = _decompress(str(shard.compression), source.read_bytes(), shard.raw.bytes)
                 with room.open("r+b") as file:  # not shortened: its size is the reservation
-                    file.write(data)
+                    file.write(data or b"")
                 source = room
-                if not _matches(room, shard.raw):
+                if data is None or len(data) != shard.raw.bytes or not _matches(room, shard.raw):
                     raise ShardError(f"shard {place} does not decompress to what its index says: build it again")
-            os.replace(source, path)
+            with self._whole_cache():  # whoever adds up its files must not miss one between two names
+                os.replace(source, path)
             stat = path.stat()
             self._verified.add((path, stat.st_ino, stat.st_size))
         finally:
@@ -159,11 +160,15 @@ class ShardCache:
 
         If need be, the shards longest out of use go.
         """
-        with contextlib.nullcontext() if self.limit is None else _locked(self.folder / "limit"):
+        with self._whole_cache():
             if self.limit is not None:
                 self._evict(size, self.limit)
             with room.open("wb") as file:
                 file.truncate(size)
+
+    def _whole_cache(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the cache's lock, if there is a limit to keep."""
+        return contextlib.nullcontext() if self.limit is None else locked(self.folder / "limit")
 
     def _evict(self, size: int, limit: int) -> None:
         """Remove shards until `size` more bytes are within `limit`; the caller has the cache's lock."""
@@ -174,19 +179,19 @@ class ShardCache:
                     stat = path.stat()
                     files.append((path.name.endswith(".mds"), stat.st_mtime_ns, stat.st_size, path))
                 elif path.name.endswith(".fetched"):
-                    _remove_unless_locked(path)  # a killed process's; no part of the limit
+                    _remove_unlesslocked(path)  # a killed process's; no part of the limit
         used = sum(bytes_ for _, _, bytes_, _ in files)
         for _, _, freed, path in sorted(files):  # reservations of killed processes first
             if used + size <= limit:
                 return
-            if _remove_unless_locked(path):
+            if _remove_unlesslocked(path):
                 used -= freed
         if used + size > limit:
             raise ShardError(f"`cache_limit` of {limit} bytes is too small: {used} are in use, {size} more are needed")
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file; it goes with the process, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(_lock_of(path), "a") as file:
@@ -199,7 +204,7 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{name}.lock")
 
 
-def _remove_unless_locked(path: Path) -> bool:
+def _remove_unlesslocked(path: Path) -> bool:
     """Remove a shard or what a killed process left; False where the shard is being fetched or opened."""
     with open(_lock_of(path), "a") as file:
         try:
@@ -232,16 +237,15 @@ def _matches(path: Path, file: StoredFile) -> bool:
     return all(state.hexdigest() == file.hashes[name] for name, state in states.items())
 
 
-def _decompress(algorithm: str, data: bytes, size: int) -> bytes:
-    """`data` decompressed; zstd and gzip without importing streaming, which takes seconds."""
-    if algorithm == "zstd":
-        import zstandard
+def _decompress(algorithm: str, data: bytes, size: int) -> bytes | None:
+    """`data` decompressed, None where it cannot be; zstd without importing streaming, which takes seconds."""
+    try:
+        if algorithm == "zstd":
+            import zstandard
 
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
-    if algorithm == "gz":
-        import gzip
+            return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+        from streaming.base.compression import decompress
 
-        return gzip.decompress(data)
-    from streaming.base.compression import decompress
-
-    return decompress(algorithm, data)
+        return decompress(algorithm, data)
+    except Exception:  # every algorithm has its own kinds
+        return None

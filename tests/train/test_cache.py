@@ -1,6 +1,5 @@
 """Shards on this machine: verified, fetched again, kept within a limit, shared by processes, safe to kill."""
 
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -19,7 +18,7 @@ import pytest
 from chimera.cli import UserError
 from tests.train.make_shards import block_tokens, make_shards, plan_for
 from train import ordering
-from train.cache import ShardCache, ShardError, parse_bytes, smallest_cache
+from train.cache import ShardCache, ShardError, locked, parse_bytes, smallest_cache
 from train.index import open_indexes
 from train.mixture import MixtureDataset
 from train.schedule import Plan
@@ -98,6 +97,19 @@ def test_a_shard_that_is_damaged_at_its_source_is_named_in_one_line(root: Path, 
         list(dataset(root, tmp_path / "cache2"))
 
 
+def test_what_does_not_decompress_is_named_even_where_the_index_has_no_hashes(root: Path, tmp_path: Path) -> None:
+    index = root / "it" / "train" / "index.json"
+    bare = json.loads(index.read_text())
+    for shard in bare["shards"]:
+        shard["raw_data"]["hashes"] = shard["zip_data"]["hashes"] = {}
+    index.write_text(json.dumps(bare))
+    (root / "manifest.json").unlink()
+    bad = root / "it" / "train" / "shard.00004.mds.zstd"
+    bad.write_bytes(bytes(bad.stat().st_size))
+    with pytest.raises(ShardError, match=rf"shard {bad} does not decompress to what its index says"):
+        list(dataset(root, tmp_path / "cache"))
+
+
 def test_a_shard_that_is_missing_at_its_source_is_named(root: Path, remote: str, tmp_path: Path) -> None:
     (root / "en" / "train" / "shard.00011.mds.zstd").unlink()
     for place in (remote, root):
@@ -174,11 +186,9 @@ def test_names_in_an_index_are_not_paths(root: Path, tmp_path: Path) -> None:
 
 
 def used(cache: Path) -> int:
-    total = 0
-    for path in cache.glob("*/*.mds"):
-        with contextlib.suppress(FileNotFoundError):  # evicted just now
-            total += path.stat().st_size
-    return total
+    """Bytes of the shards in a cache, and of those that are being fetched."""
+    with locked(cache / "limit"):  # so that none moves meanwhile
+        return sum(path.stat().st_size for path in cache.glob("*/*.mds*") if path.suffix in (".mds", ".part"))
 
 
 def test_the_smallest_limit_works_and_holds_at_every_step(tmp_path: Path) -> None:
