@@ -13,6 +13,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from chimera.cli import UserError, load_settings, parse, run, say
+from chimera.stack import check_stack
 
 DEFAULT = "yamls/shards.yaml"
 
@@ -22,13 +23,19 @@ def main(argv: Sequence[str]) -> int:
         prog="build_shards.py", description="Build MDS token shards from hub sets and files; resumes where it stopped."
     )
     _, path, overrides = parse(parser, argv, DEFAULT)
+    from convert.engine import disk_trouble
     from convert.settings import BuildSettings, check
 
+    check_stack()
     settings = load_settings(BuildSettings, path, overrides)
     check(settings)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         build(settings)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise disk_trouble(error, settings.work_folder) from None
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
@@ -64,8 +71,13 @@ def build(settings: Any) -> None:
             output.release()
             shutil.rmtree(work)
             return
+        try:
+            plan = planning.current_plan(settings, work, output, digest)
+        except BaseException:
+            if not (work / "plan.json").exists():
+                shutil.rmtree(work)  # nothing has begun
+            raise
         output.claim(work, settings.rebuild)
-        plan = planning.current_plan(settings, work, output, digest)
         planned = load_plan(work)
         engine = make_engine(settings, work)
         try:

@@ -30,10 +30,9 @@ class StreamRun:
         self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
         self._running: set[int] = set()
         self._next = 0
-        for index in range(len(plan.parts)):
-            state, _ = journal.load(part_folder(work, plan.name, index))
-            if state.done:
-                self._done[index] = state
+        found = [journal.load(part_folder(work, plan.name, index))[0] for index in range(len(plan.parts))]
+        self.bar = _Bar(plan, found)
+        self._done.update({index: state for index, state in enumerate(found) if state.done})
         self._settle()
 
     @property
@@ -84,7 +83,6 @@ class Dispatcher:
         self._stall_after, self._work = stall_after, work
         self._heard: dict[Task, float] = {}  # running tasks, when each last moved
         self._losses: dict[tuple[str, int], int] = {}
-        self._bars = {name: _Bar(run.plan, work) for name, run in self.runs.items()}
 
     def run(self, engine: Engine) -> dict[str, list[PartState]]:
         """The states of each stream's parts once all are done.
@@ -101,8 +99,8 @@ class Dispatcher:
                         self._handle(engine, event)
                 self._name_stalled()
         finally:
-            for bar in self._bars.values():
-                bar.close()
+            for run in self.runs.values():
+                run.bar.close()
         return {name: run.finished or [] for name, run in self.runs.items()}
 
     def _fill(self, engine: Engine) -> None:
@@ -118,14 +116,14 @@ class Dispatcher:
         task, run = event.task, self.runs[event.task.stream]
         if event.kind == "progress":
             self._heard[task] = time.monotonic()
-            self._bars[task.stream].moved(task.part, event.payload)
+            run.bar.moved(task.part, event.payload)
             return
         del self._heard[task]
         if event.kind == "failed":
             raise event.payload
         if event.kind == "done":
             run.done(task.part)
-            self._bars[task.stream].ended(task.part)
+            run.bar.ended(task.part)
             if run.finished is not None:  # `max_tokens` is reached: parts that ran ahead are not needed
                 for ahead in [t for t in self._heard if t.stream == task.stream]:
                     engine.cancel(ahead)
@@ -134,9 +132,9 @@ class Dispatcher:
         run.lost(task.part)
         losses = self._losses[task.stream, task.part] = self._losses.get((task.stream, task.part), 0) + 1
         where = f"{task.stream}: the worker of part {task.part} ({run.plan.parts[task.part].spans[0].file}) is gone"
-        if losses >= MAX_LOSSES:
+        if losses == MAX_LOSSES:
             raise UserError(
-                f"{where} for the {losses}rd time: {event.payload}: give it more memory or fewer `workers`, then run "
+                f"{where}, {losses} times now: {event.payload}: give it more memory or fewer `workers`, then run "
                 "the same command again; it goes on where it stopped"
             )
         say(f"{where}: {event.payload}; another goes on from its last shard")
@@ -154,21 +152,24 @@ class Dispatcher:
 class _Bar:
     """A stream's progress: tokens where their number is limited, else bytes of the source."""
 
-    def __init__(self, plan: StreamPlan, work: Path) -> None:
+    def __init__(self, plan: StreamPlan, states: list[PartState]) -> None:
         self._sizes = [part.bytes for part in plan.parts]
         self._budget = plan.settings.max_tokens
         self._seen: dict[int, float] = {}
-        states = [journal.load(part_folder(work, plan.name, i))[0] for i in range(len(plan.parts))]
+        self._tokens = sum(state.splits["train"].tokens for state in states)
         if self._budget is None:
             before = sum(size if s.done else s.bytes for s, size in zip(states, self._sizes, strict=True))
             self._seen = {i: s.bytes for i, s in enumerate(states)}
         else:
-            before = sum(s.splits["train"].tokens for s in states)
+            before = self._tokens
         total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
         self._bar = progress(total, unit, plan.name, initial=min(before, total))
 
     def moved(self, part: int, step: Progress) -> None:
         self._seen[part] = self._seen.get(part, 0.0) + step.bytes
+        self._tokens += step.tokens
+        if self._budget is None:  # a hub file's bytes are known to be done at its end only: show that it moves
+            self._bar.set_postfix_str(f"{self._tokens / 1e6:.2f}M tokens", refresh=False)
         self._bar.update(step.bytes if self._budget is None else step.tokens)
 
     def ended(self, part: int) -> None:

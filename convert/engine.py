@@ -4,6 +4,7 @@ A worker that dies (killed, out of memory, its node gone) is an event like any o
 another, which goes on from the last commit.
 """
 
+import errno
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chimera.cli import UserError
-from convert.settings import BuildSettings
+from convert.settings import BuildSettings, cores
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,23 @@ def make_engine(settings: BuildSettings, work: Path) -> Engine:
 
 def failure(error: BaseException, work: Path) -> Exception:
     """An exception of a part as one to raise in the builder: what the user can mend as `UserError`."""
-    import errno
-
     if isinstance(error, UserError):
         return UserError(str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"no space left for {error.filename or work}: free some and run the same command again; "
-            "it goes on where it stopped"
-        )
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return disk_trouble(error, work)
     return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
+
+
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
+
+
+def disk_trouble(error: OSError, where: Path) -> UserError:
+    """What the system refused to do with a file, as the user's to mend; `where` when it does not say which."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        wrong = f"no space left for {error.filename or where}: free some"
+    else:
+        wrong = f"{error.filename or where}: {error.strerror}: mend it"
+    return UserError(f"{wrong} and run the same command again; it goes on where it stopped")
 
 
 class LocalEngine:
@@ -130,7 +138,7 @@ class LocalEngine:
 
     def _spawn(self) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe()
-        threads = max(1, len(os.sched_getaffinity(0)) // self.slots)  # of `tokenizers`, in each process
+        threads = max(1, cores() // self.slots)  # of `tokenizers`, in each process
         process = self._context.Process(target=_work, args=(theirs, self._work), daemon=True)
         with _environment(RAYON_NUM_THREADS=str(threads)):
             process.start()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from chimera.cli import UserError, one_line, say
-from convert.reading import Position, Row, Span, columns_as_rows
+from convert.reading import Position, Row, Span, columns_as_rows, is_jsonl, jsonl_rows
 from convert.settings import SourceSettings
 from convert.shards import Json
 from convert.sources import CannotOpen, check_columns
@@ -44,35 +44,44 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
 
 
 def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -> Iterator[Row]:
-    """Rows of one file of a set, from row `start.number` on. Raises `UserError` after `retries` failures in a row."""
-    number, failures = start.number, 0
+    """Rows of one file of a set from `start` on. Raises `UserError` after `retries` failures in a row."""
+    position, failures = start, 0
     while True:
         try:
-            for value in _values(span.file, column, number):
-                number += 1
-                failures = 0
-                yield Row(value, value, number - 1, 0.0, Position(number))
+            for row in _rows(span, column, position):
+                position, failures = row.after, 0
+                yield row
             return
         except Exception as error:
             failures += 1
             if failures >= retries or not _passing(error):
+                tries = f"{failures} attempt{'s' if failures > 1 else ''}"
                 raise UserError(
-                    f"{span.file} fails at row {number} after {failures} attempt{'s' if failures > 1 else ''}: "
-                    f"{_say(error)}: run the same command again later; it goes on where it stopped"
+                    f"{span.file} fails at row {position.number} after {tries}: {_say(error)}: run the same command "
+                    "again later; it goes on where it stopped"
                 ) from None
             _wait(span.file, error, failures, retries)
 
 
-def _values(file: str, column: str | None, skip: int) -> Iterator[object]:
-    """The rows of a file behind the first `skip`, as mappings."""
-    stream = _stream(file, column)
-    names = check_columns(file, list(stream.column_names), column) if stream.column_names else None
+def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
+    """The rows behind `start`. JSONL is read line by line here as on disk: one bad line must cost one line."""
+    if is_jsonl(span.file):
+        from huggingface_hub import HfFileSystem
+
+        with HfFileSystem().open(span.file, "rb") as file:
+            yield from jsonl_rows(span, start, file)
+        return
+    number, skip = start.number, start.number
+    stream = _stream(span.file, column)
+    names = check_columns(span.file, list(stream.column_names), column) if stream.column_names else None
     for table in stream.with_format("arrow").iter(batch_size=_BATCH_ROWS):
         if skip >= table.num_rows:
             skip -= table.num_rows
             continue
         for batch in table.select(names or table.column_names).slice(skip).to_batches():
-            yield from columns_as_rows(batch)
+            for value in columns_as_rows(batch):
+                yield Row(value, value, number, 0.0, Position(number + 1))
+                number += 1
         skip = 0
 
 
@@ -115,10 +124,12 @@ def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], s
 
 
 def _probe(where: str, name: str, span: Span, column: str | None) -> None:
-    """Read a row, so that gating or a missing column is found before the work begins."""
+    """Read the head of a file, so that gating or a missing column is found before the work begins."""
+    if is_jsonl(span.file):
+        next(_rows(span, column, Position()), None)
+        return
     stream = _library().load_dataset(_module(span.file), data_files=[span.file], split="train", streaming=True)
-    names = list(stream.column_names or next(iter(stream), {}))
-    check_columns(f"{where}: {name}", names, column)
+    check_columns(f"{where}: {name}", list(stream.column_names or next(iter(stream), {})), column)
 
 
 def _module(file: str) -> str:

@@ -27,6 +27,10 @@ class Output(Protocol):
         """A small file, whole or not at all."""
         ...
 
+    def put(self, file: Path, key: str) -> None:
+        """A file of any size, whole or not at all; `file` may be gone afterwards."""
+        ...
+
     def adopt(self, made: Path, key: str, size: int) -> None:
         """Take over the finished shard `made` of `size` bytes as `key`; again after a kill."""
         ...
@@ -76,12 +80,16 @@ class FolderOutput:
         (self._root / key).parent.mkdir(parents=True, exist_ok=True)
         write_file(self._root / key, data)
 
+    def put(self, file: Path, key: str) -> None:
+        place = self._root / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(file, place)
+        sync_folder(place.parent)
+
     def adopt(self, made: Path, key: str, size: int) -> None:
         place = self._root / key
         if made.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(made, place)
-            sync_folder(place.parent)
+            self.put(made, key)
         if not place.exists() or place.stat().st_size != size:
             raise UserError(f"{place} is missing or damaged: set `rebuild=true` and build again")
 
@@ -129,6 +137,9 @@ class StoreOutput:
         file = self._work / "publishing" / "file"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
+        self.put(file, key)
+
+    def put(self, file: Path, key: str) -> None:
         self._store.put(file, key)
 
     def adopt(self, made: Path, key: str, size: int) -> None:

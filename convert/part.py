@@ -4,7 +4,6 @@ Everything a part writes follows from its spans, the settings and the tokenizer:
 blocks, the eval split is chosen by content, and `max_tokens` cuts behind the document that reaches it.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from convert.encoding import Encoder
 from convert.journal import SPLITS, PartState, shard_keys
 from convert.packing import Packer
 from convert.planned import StreamPlan, encoder_of, load_plan, part_folder, shard_format
-from convert.reading import Position, Row, reject_line
+from convert.reading import Position, Row, is_jsonl, reject_line
 from convert.settings import BuildSettings
 from convert.shards import Array, write_shard
 from convert.sources import rows
@@ -59,7 +58,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
     folder.parent.mkdir(parents=True, exist_ok=True)
     with journal.locked(folder.with_suffix(".lock"), wait=True):
         state, _ = journal.load(folder)
-        store = worker_store(settings.output, work, os.getpid(), settings.retries) if settings.remote else None
+        store = worker_store(settings.output, work, settings.retries) if settings.remote else None
         if not fits(state, limit):
             if store:
                 for key in [key for split in SPLITS for key in shard_keys(stream, split, state)]:
@@ -170,8 +169,8 @@ class _Part:
         counts = self.state.filtered if dropped.kind == "filtered" else self.state.rejected
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
         if dropped.kind == "rejected":
-            key = "line" if self.part.spans[span].kind == "jsonl" else "row"
-            line = reject_line(self.part.spans[span].file, key, row.number, dropped.reason, row.raw)
+            file = self.part.spans[span].file
+            line = reject_line(file, "line" if is_jsonl(file) else "row", row.number, dropped.reason, row.raw)
             # the span's place goes along: lines of a range are counted from its start until all parts are known
             self.rejects.write(b"%d " % span + line)
 

@@ -4,6 +4,7 @@ Every step can be done again, so a build killed while publishing goes on publish
 """
 
 import json
+import os
 from pathlib import Path
 
 from convert import journal
@@ -31,7 +32,7 @@ def publish(plan: Json, build: PlannedBuild, parts: dict[str, list[PartState]], 
                     output.discard(key)
             if entries:
                 output.write(f"{name}/{split}/index.json", index_bytes(entries))
-        output.write(f"rejects/{name}.jsonl.zst", rejects(build.streams[name], states, work))
+        output.put(collect_rejects(build.streams[name], states, work), f"rejects/{name}.jsonl.zst")
     output.write("tokenizer/tokenizer.json", (work / "tokenizer.json").read_bytes())
     output.write("manifest.json", manifest_bytes(manifest))
     output.release()
@@ -109,24 +110,27 @@ def manifest_bytes(manifest: Json) -> bytes:
     return json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> bytes:
+def collect_rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> Path:
     """The reject file of a stream: those of its parts in order, lines counted from the start of their file."""
     import zstandard
 
-    compressor = zstandard.ZstdCompressor(level=3).compressobj()
     lines_before: dict[str, int] = {}  # physical lines of each file in the spans so far
-    out: list[bytes] = []
-    for index, state in enumerate(parts):
-        spans = plan.parts[index].spans
-        bases = []
-        for span, lines in zip(spans, state.lines, strict=False):
-            bases.append(lines_before.get(span.file, 0))
-            lines_before[span.file] = bases[-1] + lines
-        with open(part_folder(work, plan.name, index) / "rejects.jsonl", "rb") as file:
-            for line in file:
-                place, _, text = line.partition(b" ")
-                reject = json.loads(text)
-                if "line" in reject:
-                    reject["line"] += bases[int(place)]
-                out.append(compressor.compress(json.dumps(reject).encode() + b"\n"))
-    return b"".join([*out, compressor.flush()])
+    collected = work / "rejects.jsonl.zst"
+    with open(collected, "wb") as out:
+        packed = zstandard.ZstdCompressor(level=3).stream_writer(out, closefd=False)
+        for index, state in enumerate(parts):
+            bases = []
+            for span, lines in zip(plan.parts[index].spans, state.lines, strict=False):
+                bases.append(lines_before.get(span.file, 0))
+                lines_before[span.file] = bases[-1] + lines
+            with open(part_folder(work, plan.name, index) / "rejects.jsonl", "rb") as file:
+                for line in file:
+                    place, _, text = line.partition(b" ")
+                    reject = json.loads(text)
+                    if "line" in reject:
+                        reject["line"] += bases[int(place)]
+                    packed.write(json.dumps(reject).encode() + b"\n")
+        packed.close()
+        out.flush()
+        os.fsync(out.fileno())
+    return collected

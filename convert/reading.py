@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from chimera.cli import UserError
 from convert.documents import Dropped, parse_line
 
-LONGEST_LINE = 256 << 20  # bytes; a longer line is rejected unread, so that memory stays bounded
+LONGEST_LINE = 101 << 20  # bytes; a longer line is rejected unread, so that a worker stays below 1 GiB
 _BATCH_BYTES = 1 << 20  # of parquet text decoded at a time
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 
@@ -58,9 +58,12 @@ def rows_of_file(span: Span, column: str | None, start: Position) -> Iterator[Ro
 
     Raises `UserError` naming the file when it is damaged or gone.
     """
-    read = _parquet_rows(span, column, start) if span.kind == "parquet" else _jsonl_rows(span, start)
     try:
-        yield from read
+        if span.kind == "parquet":
+            yield from _parquet_rows(span, column, start)
+        else:
+            with open(span.file, "rb") as file:
+                yield from jsonl_rows(span, start, file)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk's own troubles keep their name
@@ -123,27 +126,31 @@ def columns_as_rows(batch: Any) -> Iterator[object]:
 # JSONL
 
 
-def _jsonl_rows(span: Span, start: Position) -> Iterator[Row]:
+def is_jsonl(file: str) -> bool:
+    return file.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
+
+
+def jsonl_rows(span: Span, start: Position, below: BinaryIO) -> Iterator[Row]:
+    """Rows of a JSONL file, open as `below`."""
     packed = span.file.endswith((".gz", ".zst"))
-    with open(span.file, "rb") as below:
-        file, offset = _open_lines(span, below, start)
-        number, seen = start.number, below.tell()
-        while span.end is None or offset < span.end:
-            line, size = _line(file)
-            if not size:
-                return
-            at_start = offset == 0
-            offset, number = offset + size, number + 1
-            size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
-            after = Position(number, offset)
-            if line is None:
-                value: object = Dropped("rejected", "line_too_long")
-            else:
-                line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
-                value = parse_line(line)
-            row = Row(value, line, number, size, after)
-            del value, line
-            yield row
+    file, offset = _open_lines(span, below, start)
+    number, seen = start.number, below.tell()
+    while span.end is None or offset < span.end:
+        line, size = _line(file)
+        if not size:
+            return
+        at_start = offset == 0
+        offset, number = offset + size, number + 1
+        size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
+        after = Position(number, offset)
+        if line is None:
+            value: object = Dropped("rejected", "line_too_long")
+        else:
+            line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
+            value = parse_line(line)
+        row = Row(value, line, number, size, after)
+        del value, line
+        yield row
 
 
 def _open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO, int]:

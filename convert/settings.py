@@ -86,7 +86,12 @@ class BuildSettings:
 
     @property
     def worker_count(self) -> int:
-        return len(os.sched_getaffinity(0)) if self.workers == "auto" else int(self.workers)
+        return cores() if self.workers == "auto" else int(self.workers)
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_remote(output: str) -> bool:

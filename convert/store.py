@@ -7,6 +7,7 @@ found by downloading, and deletion is offered where the client is boto3's (S3 an
 import filecmp
 import functools
 import os
+import platform
 import queue
 import shutil
 import threading
@@ -27,9 +28,9 @@ Result = TypeVar("Result")
 
 
 @functools.lru_cache(maxsize=1)
-def worker_store(root: str, work: Path, process: int, retries: int) -> "Store":
-    """The store of a worker process; connecting takes seconds, so its parts share it."""
-    return Store(root, work / "sending" / str(process), retries)
+def worker_store(root: str, work: Path, retries: int) -> "Store":
+    """The store of this worker process; connecting takes seconds, so its parts share it."""
+    return Store(root, work / "sending" / f"{platform.node()}-{os.getpid()}", retries)
 
 
 class Refused(Exception):

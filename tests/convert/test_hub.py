@@ -1,5 +1,6 @@
 """Hub sets through the real client against a loopback hub, with everything that goes wrong there."""
 
+import gzip
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from tests.convert import builds
 from tests.convert.hub_server import COMMIT, HubServer
@@ -180,6 +182,26 @@ def test_a_gated_set_opens_with_the_users_token_which_is_never_written(
     assert shards(tmp_path / "out") == wanted
     assert TOKEN not in said
     assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_jsonl_of_a_set_is_read_by_line_and_a_bad_line_costs_one(
+    build: Builder, hub: HubServer, tmp_path: Path
+) -> None:
+    body = builds.jsonl({"text": t} for t in builds.texts(40, 100)) + b"broken\n" + builds.jsonl([{"text": 5}])
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: lines.jsonl.gz\n---\n"
+    hub.sets["uonlp/Lines"] = {"README.md": card, "lines.jsonl.gz": gzip.compress(body)}
+    error, said = build(settings_for(tmp_path, {"hub": "uonlp/Lines"}))
+    assert error is None, said
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
+    assert rows["read"] == 102
+    assert rows["rejected"] == {"unparseable": 1, "wrong_type": 1}
+    packed = (tmp_path / "out" / "rejects" / "s.jsonl.zst").read_bytes()
+    rejects = [json.loads(line) for line in zstandard.ZstdDecompressor().stream_reader(packed).read().splitlines()]
+    file = f"hf://datasets/uonlp/Lines@{COMMIT}/lines.jsonl.gz"
+    assert [(r["file"], r["line"], r["reason"]) for r in rejects] == [
+        (file, 101, "unparseable"),
+        (file, 102, "wrong_type"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Rows of local files: the same ones however a file is cut, and from wherever reading starts again."""
+
+import gzip
+import itertools
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert import reading
+from convert.documents import Dropped
+from convert.reading import Position, Span, rows_of_file
+
+LINES = st.lists(
+    st.sampled_from([b'{"text": "a"}', b"", b"\r", b"broken", b'{"text": "' + b"x" * 60 + b'"}\r', b" ", b"[1]"]),
+    max_size=30,
+)
+
+
+START = Position()
+
+
+def read(span: Span, start: Position = START) -> list[tuple[object, object, int]]:
+    return [(row.value, row.raw, row.after.number) for row in rows_of_file(span, "text", start)]
+
+
+@settings(deadline=None)
+@given(LINES, st.booleans(), st.booleans(), st.integers(1, 9))
+def test_any_cut_of_a_jsonl_file_gives_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], bom: bool, newline_at_end: bool, ranges: int
+) -> None:
+    body = (b"\xef\xbb\xbf" if bom else b"") + b"\n".join(lines) + (b"\n" if newline_at_end and lines else b"")
+    file = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    file.write_bytes(body)
+    whole = read(Span("jsonl", str(file), 0, None, len(body)))
+    cuts = [len(body) * i // ranges for i in range(ranges + 1)]
+    found = [read(Span("jsonl", str(file), a, b, b - a)) for a, b in itertools.pairwise(cuts) if b > a]
+    assert [row[:2] for rows in found for row in rows] == [row[:2] for row in whole]
+    assert len(whole) == len(body.split(b"\n")) - (not body or body.endswith(b"\n"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_reading_starts_again_behind_any_row(tmp_path: Path, suffix: str) -> None:
+    body = b"".join(b'{"text": "%d"}\n' % i + b"\n" * (i % 3) for i in range(40))
+    pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[suffix]
+    file = tmp_path / f"a.{suffix}"
+    file.write_bytes(pack(body))  # type: ignore[operator]
+    span = Span("jsonl", str(file), 0, None, file.stat().st_size)
+    rows = list(rows_of_file(span, "text", Position()))
+    assert sum(row.size for row in rows) == pytest.approx(span.bytes, rel=0.5)
+    for i, row in enumerate(rows):
+        assert read(span, row.after) == [(r.value, r.raw, r.after.number) for r in rows[i + 1 :]]
+
+
+def test_parquet_starts_again_behind_any_row_and_one_bad_text_costs_one_row(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [b"text %d" % i for i in range(50)]
+    texts[17] = b"\xff broken"
+    column = pa.array(texts, pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": column, "other": list(range(50))}), tmp_path / "a.parquet", row_group_size=20)
+    span = Span("parquet", str(tmp_path / "a.parquet"), 0, None, 1000)
+    rows = list(rows_of_file(span, "text", Position()))
+    assert [row.value for row in rows] == [{"text": text} for text in texts]  # bytes: the reader decodes row by row
+    assert [row.number for row in rows] == list(range(50))
+    for i, row in enumerate(rows):
+        assert read(span, row.after) == [(r.value, r.raw, r.after.number) for r in rows[i + 1 :]]
+    second = Span("parquet", str(tmp_path / "a.parquet"), 1, 2, 400)
+    assert [row.number for row in rows_of_file(second, "text", Position())] == list(range(20, 40))
+
+
+def test_a_line_too_long_for_memory_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE", 100)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' + b"x" * 5000 + b'\n{"text": "b"}\n')
+    rows = read(Span("jsonl", str(file), 0, None, 1))
+    assert rows == [
+        ({"text": "a"}, b'{"text": "a"}', 1),
+        (Dropped("rejected", "line_too_long"), None, 2),
+        ({"text": "b"}, b'{"text": "b"}', 3),
+    ]
