@@ -214,4 +214,8 @@ def _say(error: Exception) -> str:
     response = _response(error)
     if response is not None and response.status_code in (401, 403) and "gated" in str(error).lower():
         return "it is gated: accept its terms on the hub and log in (`hf auth login`, or HF_TOKEN)"
-    return re.sub(r"\?[^\s'\")]*", "?…", one_line(error) or type(error).__name__)[:300]
+    said = re.sub(r"\?[^\s'\")]*", "?…", one_line(error) or type(error).__name__)
+    system = re.search(r"\[Errno -?\d+\] [^'\")]+", said)
+    if response is None and system:
+        return f"no connection: {system.group()}"
+    return re.sub(r"\(Request ID: [^)]*\)", "", said)[:300].strip()

@@ -62,7 +62,7 @@ def open_source(name: str, stream: StreamSettings, settings: BuildSettings) -> O
         say(f"{name}: source {source_name(source)}, {len(parts)} part{'s' if len(parts) != 1 else ''}")
         return Opened(index, _column(stream, source), describe, passed_over, parts)
     reasons = "; ".join(f"{p['source']}: {p['reason']}" for p in passed_over)
-    raise UserError(f"streams.{name}: no source opens: {reasons}")
+    raise UserError(f"streams.{name}: no source opens: {reasons}: check the paths, the network and your access")
 
 
 def _open(name: str, stream: StreamSettings, source: SourceSettings, build: BuildSettings) -> tuple[Json, list[Part]]:
