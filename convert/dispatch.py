@@ -19,26 +19,24 @@ MAX_LOSSES = 3  # times one part may lose its worker
 
 
 class StreamRun:
-    """The state of one stream's parts. `finished` is the list of part states that make up the stream."""
+    """The state of one stream's parts. Once `finished`, `accepted` are those that make up the stream, in order."""
 
     def __init__(self, plan: StreamPlan, work: Path, ahead: bool) -> None:
         self.plan, self._work = plan, work
         self._ahead = ahead  # whether parts may run before it is known how much of them is wanted
         self._budget = plan.settings.max_tokens
-        self._accepted: list[PartState] = []
+        self.accepted: list[PartState] = []
         self._tokens = 0  # of the train split in the accepted parts
         self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
         self._running: set[int] = set()
-        self._next = 0
         found = [journal.load(part_folder(work, plan.name, index))[0] for index in range(len(plan.parts))]
         self.bar = _Bar(plan, found)
         self._done.update({index: state for index, state in enumerate(found) if state.done})
         self._settle()
 
     @property
-    def finished(self) -> list[PartState] | None:
-        complete = len(self._accepted) == len(self.plan.parts) or self._left == 0
-        return self._accepted if complete else None
+    def finished(self) -> bool:
+        return len(self.accepted) == len(self.plan.parts) or self._left == 0
 
     @property
     def _left(self) -> int | None:
@@ -47,8 +45,8 @@ class StreamRun:
 
     def next_task(self) -> Task | None:
         """A part to start now, or `None`."""
-        first = len(self._accepted)
-        if self.finished is not None:
+        first = len(self.accepted)
+        if self.finished:
             return None
         last = len(self.plan.parts) if self._ahead or self._budget is None else first + 1
         for index in range(first, last):
@@ -67,11 +65,11 @@ class StreamRun:
 
     def _settle(self) -> None:
         """Accept ended parts in order, as far as they hold what is wanted of them."""
-        while self._left != 0 and len(self._accepted) in self._done:
-            state = self._done.pop(len(self._accepted))
+        while self._left != 0 and len(self.accepted) in self._done:
+            state = self._done.pop(len(self.accepted))
             if not fits(state, self._left):
                 return  # to be done anew: `next_task` finds it missing
-            self._accepted.append(state)
+            self.accepted.append(state)
             self._tokens += state.splits["train"].tokens
 
 
@@ -101,7 +99,7 @@ class Dispatcher:
         finally:
             for run in self.runs.values():
                 run.bar.close()
-        return {name: run.finished or [] for name, run in self.runs.items()}
+        return {name: run.accepted for name, run in self.runs.items()}
 
     def _fill(self, engine: Engine) -> None:
         for run in self.runs.values():
@@ -124,7 +122,7 @@ class Dispatcher:
         if event.kind == "done":
             run.done(task.part)
             run.bar.ended(task.part)
-            if run.finished is not None:  # `max_tokens` is reached: parts that ran ahead are not needed
+            if run.finished:  # `max_tokens` is reached: parts that ran ahead are not needed
                 for ahead in [t for t in self._heard if t.stream == task.stream]:
                     engine.cancel(ahead)
                     del self._heard[ahead]

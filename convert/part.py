@@ -154,6 +154,8 @@ class _Part:
             if limit is not None and state.splits["train"].tokens >= limit:
                 state.limit = limit
                 break
+        for split in self.splits.values():
+            split.take()
         return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
 
     def _step(self, span: int, row: Row) -> None:
@@ -238,9 +240,9 @@ class _Split:
         self.packer.add(ids, mask)
         self.state.documents += 1
         self.state.tokens += len(ids)
-        self._take()
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Collect the blocks the packer has finished."""
         blocks, masks, padding = self.packer.take()
         if len(blocks):
             self.blocks.append(blocks)
@@ -252,7 +254,7 @@ class _Split:
     def finish(self) -> None:
         """Turn everything that waits into blocks, and those into shards."""
         self.packer.flush()
-        self._take()
+        self.take()
         self.write(rest=True)
 
     def write(self, rest: bool = False) -> None:

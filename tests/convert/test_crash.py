@@ -177,6 +177,7 @@ def _wait_for(condition: Callable[[], bool], process: Any) -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(3600)
 def test_chaos_kills_of_local_builds(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:
     rng = random.Random()
     kills = rounds = 0

@@ -238,6 +238,7 @@ def test_messages_hide_the_query_of_signed_addresses() -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(3600)
 def test_chaos_kills_of_builds_from_the_hub(
     hub: HubServer, environment: dict[str, str], wanted: dict[str, str], tmp_path: Path
 ) -> None:
