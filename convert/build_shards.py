@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         build(settings)
     except OSError as error:
-        if error.errno is None:
-            raise
-        raise disk_trouble(error, settings.work_folder) from None
+        raise disk_trouble(error, settings.work_folder) or error from None
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise

@@ -4,6 +4,7 @@ A worker that dies (killed, out of memory, its node gone) is an event like any o
 another, which goes on from the last commit.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -68,16 +69,18 @@ def failure(error: BaseException, work: Path) -> Exception:
     """An exception of a part as one to raise in the builder: what the user can mend as `UserError`."""
     if isinstance(error, UserError):
         return UserError(str(error))
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        return disk_trouble(error, work)
+    if isinstance(error, OSError) and (trouble := disk_trouble(error, work)):
+        return trouble
     return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
 
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 
 
-def disk_trouble(error: OSError, where: Path) -> UserError:
-    """What the system refused to do with a file, as the user's to mend; `where` when it does not say which."""
+def disk_trouble(error: OSError, where: Path) -> UserError | None:
+    """What the system refused to do with a file, where the user can mend it; `where` if it does not say which."""
+    if error.errno not in _MENDABLE:
+        return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         wrong = f"no space left for {error.filename or where}: free some"
     else:
@@ -96,9 +99,15 @@ class LocalEngine:
         self._busy: dict[Any, tuple[Any, Task]] = {}  # connection -> (process, task)
 
     def start(self, task: Task) -> None:
-        process, conn = self._idle.pop() if self._idle else self._spawn()
+        while self._idle:
+            process, conn = self._idle.pop()
+            if process.is_alive():
+                break
+        else:
+            process, conn = self._spawn()
         self._busy[conn] = (process, task)
-        conn.send(task)
+        with contextlib.suppress(BrokenPipeError):  # it died just now: `wait` tells
+            conn.send(task)
 
     def wait(self, seconds: float) -> list[Event]:
         events: list[Event] = []
