@@ -192,9 +192,9 @@ def _between(values: Sequence[int]) -> str:
 
 
 def _loss(run: Run) -> str:
-    lines = [Line("each step", run.steps, run.loss, 0, faint=True)]
     window = max(1, len(run.loss) // 60)
-    if len(run.loss):
+    lines = [Line("each step", run.steps, run.loss, 0, faint=window > 1)]
+    if window > 1:
         smooth = np.convolve(run.loss, np.ones(window) / window, "valid")
         lines.append(Line(f"mean of {window} steps", run.steps[window - 1 :], smooth, 0))
     svg = chart("training loss over steps", lines, run.plan.steps, "{:.2g}".format, None, _cuts(run), _marks(run))
