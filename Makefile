@@ -24,7 +24,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos"
 
 chaos: .venv/.ready
-	$(BIN)/python -m pytest -n 2 -m chaos -s
+	$(BIN)/python -m pytest -m chaos -s
 
 clean:
 	rm -rf demo runs build dist .pytest_cache .mypy_cache .ruff_cache

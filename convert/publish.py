@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from chimera.cli import UserError
 from convert import journal
 from convert.journal import SPLITS, PartState, shard_keys
 from convert.outputs import Output
@@ -19,6 +20,7 @@ def publish(plan: Json, build: PlannedBuild, parts: dict[str, list[PartState]], 
     """Bring everything to the output; returns the manifest."""
     manifest = make_manifest(plan, build.settings, parts)
     check_sums(manifest)
+    check_streams(manifest)
     for name, states in parts.items():
         for split in SPLITS:
             entries = []
@@ -99,6 +101,18 @@ def check_sums(manifest: Json) -> None:
         for split in SPLITS:
             found = stream[split]
             _equal(name, f"{split} tokens", found["blocks"] * manifest["block_len"], found["tokens"] + found["padding"])
+
+
+def check_streams(manifest: Json) -> None:
+    """Refuse to publish a stream without a single document: its column or format is not that of its source."""
+    for name, stream in manifest["streams"].items():
+        if not stream["train"]["documents"]:
+            rows = stream["rows"]
+            counts = ", ".join(f"{n} {reason}" for reason, n in {**rows["filtered"], **rows["rejected"]}.items())
+            raise UserError(
+                f"streams.{name}: no document for training in {rows['read']} rows ({counts or 'no row'}): mend its "
+                "`format`, `column` or `sources` and set `rebuild=true`"
+            )
 
 
 def _equal(stream: str, what: str, left: int, right: int) -> None:

@@ -197,6 +197,14 @@ def test_the_first_source_that_opens_is_used_and_the_others_named(sources: Path,
     assert not list((tmp_path / "none").iterdir())
 
 
+def test_a_stream_without_a_document_is_refused_with_the_reasons(sources: Path, tmp_path: Path) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [f"{sources}/plain.jsonl"], "column": "txt"}]}}
+    with pytest.raises(UserError, match=r"streams\.s: no document .* 151 rows \(150 missing_field, 1 unparseable\)"):
+        builds.build_here(settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("name", ["packed.jsonl.gz", "packed.jsonl.zst"])
 def test_a_cut_off_file_stops_the_build_by_name(sources: Path, tmp_path: Path, name: str) -> None:
     data = (sources / name).read_bytes()
