@@ -48,13 +48,14 @@ def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> None:
         assert process.returncode == 0, output
 
 
-def test_two_nodes_train_and_resume_as_one_rank_does(overrides, tmp_path):
+def test_two_nodes_of_two_ranks_resume_and_train_as_one_rank_does(overrides, tmp_path):
+    """One rank, then two nodes of two (over both stage changes), then one rank again (over the phase change)."""
     config = ["model.attention_dropout=0.0", "num_canonical_nodes=2"]
     main(overrides("one", *config))
-    launch_nodes(tmp_path, overrides("two", *config, "max_duration=10ba"), ranks=2)
-    launch_nodes(tmp_path, overrides("two", *config, "max_duration=14ba"), ranks=1)
-    main(overrides("two", *config))
-    ours, theirs = steps_of(tmp_path / "two"), steps_of(tmp_path / "one")
+    main(overrides("several", *config, "max_duration=5ba"))
+    launch_nodes(tmp_path, overrides("several", *config, "max_duration=18ba"), ranks=2)
+    main(overrides("several", *config))
+    ours, theirs = steps_of(tmp_path / "several"), steps_of(tmp_path / "one")
     assert [line["digest"] for line in ours] == [line["digest"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
