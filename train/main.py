@@ -88,25 +88,24 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan")
         say(f"starting at step {start.step} of {until.value}" + (f" from {start.path}" if start.path else ""))
 
     trainer = build_trainer(settings, config, shards, plan, folder, until, start.path)
+    code, words = 0, f"done: {until.value} steps, checkpoints and steps.jsonl in {settings.save_folder}"
     try:
         trainer.fit()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(
-            f"no space left on the disk of {error.filename or folder}: make room and start again with "
-            "`autoresume=true`; the run goes on from its newest complete checkpoint"
-        ) from None
     except StopRequested as stop:
-        if leader:
-            say(f"{stop}: start again with `autoresume=true` to go on")
-        return PREEMPTED
-    finally:
-        trainer.close()
-        del lock
+        code, words = PREEMPTED, f"{stop}: start again with `autoresume=true` to go on"
+    except BaseException as error:
+        trainer.engine.close()  # not trainer.close(): it waits for the other ranks, which wait for this one
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(
+                f"no space left on the disk of {error.filename or folder}: make room and start again with "
+                "`autoresume=true`; the run goes on from its newest complete checkpoint"
+            ) from None
+        raise
+    trainer.close()
+    del lock
     if leader:
-        say(f"done: {until.value} steps, checkpoints and steps.jsonl in {settings.save_folder}")
-    return 0
+        say(words)
+    return code
 
 
 def leader_decides(decide: Any) -> tuple[Any, Any]:

@@ -143,6 +143,6 @@ def test_a_failing_rank_shows_its_traceback(overrides, tmp_path):
     process = subprocess.run(
         [str(COMPOSER), "-n", "2", str(script), *config], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    assert process.returncode == 1
+    assert process.returncode  # of whichever rank the launcher looks at first
     assert "ZeroDivisionError" in process.stdout
     assert "global rank 1" in process.stdout
