@@ -93,6 +93,8 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
     options = dict(settings.model)
     pretrained = options.pop("pretrained", None)
     attention = settings.attn_implementation
+    if attention in ("flex_attention", "flash_attention_2") and not torch.cuda.is_available():
+        raise UserError(f"setting `attn_implementation: {attention}` needs a GPU, and none is found: take sdpa")
     if int(options.get("vocab_size", padded)) < vocab_size:
         raise UserError(
             f"setting `model.vocab_size` is {options['vocab_size']}, but the shards' tokenizer makes ids up to "

@@ -31,7 +31,10 @@ def packed(lengths: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids, "position_ids": places}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch 2.7 trains flex_attention on a GPU only")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", pytest.param("flex_attention", marks=ON_GPU)])
 def test_documents_in_one_sequence_do_not_see_each_other(attention):
     model = tiny(attention)
     lengths = [7, 12, 5]
@@ -102,6 +105,13 @@ def test_metrics_are_means_over_tokens_of_all_batches():
 def test_vocabulary_is_padded_to_a_multiple_of_128():
     assert tiny().model.config.vocab_size == 128
     assert tiny(vocab_size=200).model.config.vocab_size == 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they work on a GPU")
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_that_needs_a_gpu_is_refused_without_one(attention):
+    with pytest.raises(UserError, match=f"`attn_implementation: {attention}` needs a GPU"):
+        tiny(attention)
 
 
 @pytest.mark.parametrize(
