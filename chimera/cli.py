@@ -34,14 +34,15 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """Run an entry point: `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         code = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `… | head`
+    except BrokenPipeError:  # `… | head`: who reads has had enough, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        raise SystemExit(0) from None
     raise SystemExit(code or 0)
 
 
