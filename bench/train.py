@@ -140,7 +140,7 @@ def run_bare(settings: Any) -> list[float]:
     import torch
     from composer.optim import DecoupledAdamW
 
-    from train.collate import Collate, Marks, view_sequences
+    from train.collate import Marks, collate, view_sequences
     from train.mixture import MixtureDataset
     from train.model import build_model
     from train.settings import plan_of
@@ -155,12 +155,12 @@ def run_bare(settings: Any) -> list[float]:
     options = settings.optimizer
     optimizer = DecoupledAdamW(model.parameters(), lr=options.lr, betas=tuple(options.betas), eps=options.eps)
     dataset = MixtureDataset(root=settings.shards, cache=settings.cache, plan=plan, seed=settings.seed)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, collate_fn=Collate())
     marks = Marks(tokenizer.eos_id, tokenizer.pad_id, settings.train_on, settings.document_mask)
     ends = []
-    for step in loader:
+    for record in dataset:
         ends.append(time.perf_counter())
-        batch = {name: tensor.to(device) for name, tensor in view_sequences(step, marks).items()}
+        views = view_sequences(collate(record, frozenset()), marks)
+        batch = {name: tensor.to(device) for name, tensor in views.items()}
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model.loss(model(batch), batch)

@@ -38,29 +38,27 @@ class Marks:
     document_mask: bool
 
 
-class Collate:
-    """One record of `MixtureDataset` → `{"tokens": [blocks, block_len] int64, "assistant": bool | None, "info"}`."""
+def collate(record: dict[str, Any], unpacked_streams: frozenset[int]) -> dict[str, Any]:
+    """One record of `MixtureDataset` → `{"tokens": [blocks, block_len] int64, "assistant": bool | None, "info"}`.
 
-    def __init__(self, unpacked_streams: frozenset[int] = frozenset()) -> None:
-        self.unpacked_streams = unpacked_streams  # indices of streams packed `none`
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        assistant = record["assistant"]
-        info = StepInfo(
-            step=int(record["step"]),
-            phase=record["phase"],
-            seq_len=int(record["seq_len"]),
-            digest=record["digest"],
-            streams=dict(record["streams"]),
-            first_sequence=int(record["first_sequence"]),
-            sequences=int(record["sequences"]),
-            unpacked=tuple(int(stream) in self.unpacked_streams for stream in record["stream"]),
-        )
-        return {
-            "tokens": torch.from_numpy(record["tokens"].astype(np.int64)),
-            "assistant": None if assistant is None else torch.from_numpy(np.ascontiguousarray(assistant)),
-            "info": info,
-        }
+    `unpacked_streams` are the indices of the streams packed `none`.
+    """
+    assistant = record["assistant"]
+    info = StepInfo(
+        step=int(record["step"]),
+        phase=record["phase"],
+        seq_len=int(record["seq_len"]),
+        digest=record["digest"],
+        streams=dict(record["streams"]),
+        first_sequence=int(record["first_sequence"]),
+        sequences=int(record["sequences"]),
+        unpacked=tuple(int(stream) in unpacked_streams for stream in record["stream"]),
+    )
+    return {
+        "tokens": torch.from_numpy(record["tokens"].astype(np.int64)),
+        "assistant": None if assistant is None else torch.from_numpy(np.ascontiguousarray(assistant)),
+        "info": info,
+    }
 
 
 def view_sequences(batch: dict[str, Any], marks: Marks) -> dict[str, Tensor]:

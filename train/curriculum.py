@@ -5,7 +5,7 @@ length, and the microbatch is set so that a device takes about the same number o
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from streaming import StreamingDataLoader
 from torch.nn.parallel import DistributedDataParallel
 
 from chimera.cli import UserError, say
-from train.collate import Marks, StepInfo, cut_tokens, trained_tokens, view_sequences
+from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
+from train.mixture import MixtureDataset
 from train.schedule import Plan
 from train.settings import TrainSettings
 
@@ -133,14 +134,38 @@ def count_tokens(batch: dict[str, Any]) -> dict[str, int]:
 
 
 class MixtureLoader(StreamingDataLoader):
-    """A loader of whole steps without a length: Composer must never see an epoch end.
+    """A loader of whole steps, each collated into tensors here and not in the workers.
 
-    With one, the plan's last step would begin epoch 1 at sample 0, and a run whose plan is prolonged later would
-    resume at its beginning.
+    Records cross from a worker as numpy arrays, four times as fast as tensors, which take a file handle each.
+
+    Args:
+        dataset: its records are the steps.
+        unpacked_streams: indices of the streams packed `none`.
+        num_workers: processes that read ahead; 0 reads in this one.
     """
 
+    def __init__(self, dataset: MixtureDataset, unpacked_streams: frozenset[int] = frozenset(), num_workers: int = 0):
+        super().__init__(dataset, batch_size=None, collate_fn=as_read, num_workers=num_workers)
+        self.unpacked_streams = unpacked_streams
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for record in super().__iter__():
+            yield collate(record, self.unpacked_streams)
+
+    def _get_batch_size(self, batch: dict[str, Any]) -> int:
+        return int(batch["sequences"])
+
     def __len__(self) -> int:
+        """Composer must never see an epoch end.
+
+        With one, the plan's last step would begin epoch 1 at sample 0, and a run whose plan is prolonged later would
+        resume at its beginning.
+        """
         raise TypeError("a run's steps have no epoch")
+
+
+def as_read(record: dict[str, Any]) -> dict[str, Any]:
+    return record
 
 
 def microbatch(settings: TrainSettings, plan: Plan, ranks: int, on_gpu: bool) -> int | None:

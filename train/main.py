@@ -142,7 +142,7 @@ def build_trainer(
 
     from train.callbacks import About, clipping, loggers, speed
     from train.checkpoints import Checkpoints, RestoreRandomState
-    from train.collate import Collate, Marks
+    from train.collate import Marks
     from train.curriculum import Curriculum, MixtureLoader, count_samples, count_tokens, microbatch
     from train.evaluate import Generate, evaluators
     from train.mixture import MixtureDataset
@@ -168,13 +168,7 @@ def build_trainer(
         predownload=settings.predownload,
     )
     unpacked = frozenset(i for i, name in enumerate(plan.streams) if shards.packing(name) == "none")
-    loader = MixtureLoader(
-        dataset,
-        batch_size=None,
-        collate_fn=Collate(unpacked),
-        num_workers=settings.num_workers,
-        pin_memory=device.name == "gpu",
-    )
+    loader = MixtureLoader(dataset, unpacked, settings.num_workers)
     data = DataSpec(loader, get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)
     marks = Marks(tokenizer.eos_id, tokenizer.pad_id, settings.train_on, settings.document_mask)
 

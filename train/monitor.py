@@ -1,7 +1,8 @@
 """Callback: what the run really sees, against the plan.
 
-Writes `SAVE_FOLDER/steps.jsonl` (one line a step), logs the realised mix, and stops the run when a stream strays
-from its target, when the loss is not finite, or when the data is not what the plan says.
+Writes `SAVE_FOLDER/steps.jsonl` (one line a step: its `streams`, and `realised` and `planned` tokens of each stream
+since the phase began), logs the same, and stops the run when a stream strays from its target, when the loss is not
+finite, or when the data is not what the plan says.
 """
 
 import json
@@ -35,7 +36,8 @@ class Monitor(Callback):
         self.path = folder / "steps.jsonl"
         self.config = config
         self.file: Any = None
-        self.realised: dict[str, int] = {}  # blocks of each stream since the phase began
+        self.realised: dict[str, int] = {}  # tokens of each stream since the phase began
+        self.planned: dict[str, float] = {}  # its proportion of them
         self.phase = ""
         self.waited = 0.0  # seconds, of the step
 
@@ -64,20 +66,21 @@ class Monitor(Callback):
         segment = self.plan.segment(info.step)
         phase = self.plan.phases[segment.phase]
         if info.phase != self.phase:
-            begun = self.plan.blocks_before(sum(earlier.steps for earlier in self.plan.phases[: segment.phase]))
+            begun = self.plan.blocks_before(self.plan.phase_start(segment.phase))
             now = self.plan.blocks_before(info.step)
             self.phase = info.phase
-            self.realised = {name: now[name] - begun[name] for name in phase.proportions}
+            self.realised = {name: (now[name] - begun[name]) * self.plan.block_len for name in phase.proportions}
         for name, tokens in info.streams.items():
-            self.realised[name] = self.realised.get(name, 0) + tokens // self.plan.block_len
+            self.realised[name] = self.realised.get(name, 0) + tokens
         seen = sum(self.realised.values())
-        for name, count in self.realised.items():
-            target = phase.proportions.get(name, Fraction(0)) * seen
-            if abs(count - target) >= self.plan.lanes:
+        targets = {name: phase.proportions.get(name, Fraction(0)) * seen for name in self.realised}
+        for name, tokens in self.realised.items():
+            if abs(tokens - targets[name]) >= self.plan.lanes * self.plan.block_len:
                 raise RuntimeError(
-                    f"step {info.step}: stream `{name}` has had {count} of {seen} blocks in phase {info.phase}, "
-                    f"{float(target):.2f} are due: the mixture is off by a block or more"
+                    f"step {info.step}: stream `{name}` has had {tokens} of the {seen} tokens of phase {info.phase}, "
+                    f"{float(targets[name]):.0f} are due: the mixture is off by a block or more"
                 )
+        self.planned = {name: float(target) for name, target in targets.items()}
 
     def batch_end(self, state: State, logger: Logger) -> None:
         info, now = self.info, time.perf_counter()
@@ -89,7 +92,8 @@ class Monitor(Callback):
                 f"step={info.step} --decode`; no checkpoint of this step was saved"
             )
         logger.log_metrics(
-            {f"mix/tokens/{name}": count * self.plan.block_len for name, count in self.realised.items()}
+            {f"mix/tokens/{name}": tokens for name, tokens in self.realised.items()}
+            | {f"mix/planned_tokens/{name}": tokens for name, tokens in self.planned.items()}
             | {"data/wait_share": self.waited / max(1e-9, now - self.started), "loss/train/tokens": loss}
         )
         self.started = now
@@ -102,6 +106,8 @@ class Monitor(Callback):
                 "loss": loss,
                 "tokens": sum(info.streams.values()),
                 "streams": info.streams,
+                "realised": self.realised,
+                "planned": self.planned,
             }
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()

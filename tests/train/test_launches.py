@@ -78,6 +78,20 @@ def test_a_chain_of_kills_on_other_rank_counts_ends_as_the_uninterrupted_run(ove
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), ours["step"]
 
 
+def test_the_loss_is_the_mean_over_trained_tokens_on_any_number_of_ranks(overrides, tmp_path):
+    # Only what the assistant says is trained, so that ranks and microbatches hold unequal numbers of trained tokens.
+    config = ["model.attention_dropout=0.0", "train_on=assistant", "phases.0.proportions.en_cosmopedia=0.25"]
+    config += ["phases.0.proportions.it_instructions=0.4", "max_duration=10ba"]
+    main(overrides("one", *config))
+    runs = [("two", 2, []), ("four", 4, ["device_train_microbatch_tokens=32"])]
+    for name, ranks, more in runs:
+        code, output = finish(launch(ranks, *overrides(name, *config, *more)))
+        assert code == 0, output
+        for ours, theirs in zip(steps_of(tmp_path / name), steps_of(tmp_path / "one"), strict=True):
+            assert ours["digest"] == theirs["digest"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, ours["step"])
+
+
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments_end_as_the_uninterrupted_run(overrides, tmp_path):

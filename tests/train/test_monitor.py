@@ -1,11 +1,61 @@
-"""steps.jsonl after a resume holds exactly the steps before it."""
+"""A mix off its plan stops the run; steps.jsonl after a resume holds exactly the steps before it."""
 
 import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
+import pytest
+
+from tests.train.conftest import steps_of
+from train import mixture
+from train.main import main as train
 from train.monitor import keep_steps
+from train.ordering import RunOrder
 
 
-def lines(path):
+def test_realised_and_planned_tokens_stand_in_steps_and_metrics(overrides, tmp_path):
+    train(overrides("run", "max_duration=24ba"))
+    shares = {
+        "knowledge": {"en_cosmopedia": 0.55, "it_culturax": 0.35, "it_instructions": 0.1},
+        "alignment": {"en_cosmopedia": 0.2, "it_culturax": 0.25, "it_instructions": 0.55},
+    }
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    sums: dict[str, dict[str, int]] = {phase: dict.fromkeys(names, 0) for phase, names in shares.items()}
+    steps = steps_of(tmp_path / "run")
+    assert len(steps) == len(metrics) == 24
+    for line, logged in zip(steps, metrics, strict=True):
+        counted = sums[line["phase"]]
+        for name, tokens in line["streams"].items():
+            counted[name] += tokens
+        assert line["realised"] == counted
+        due = {name: share * sum(counted.values()) for name, share in shares[line["phase"]].items()}
+        assert line["planned"] == pytest.approx(due)
+        assert all(abs(counted[name] - due[name]) < 128 for name in due)
+        for name in due:
+            assert logged[f"mix/tokens/{name}"] == counted[name]
+            assert logged[f"mix/planned_tokens/{name}"] == line["planned"][name]
+
+
+def test_a_mix_off_by_a_block_stops_the_run(overrides, tmp_path, monkeypatch):
+    # Data drawn from proportions other than the config's, which only the count of what arrives can tell.
+    def drifted(plan, *args):
+        shares = zip(plan.streams, (Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)), strict=True)
+        first = replace(plan.phases[0], proportions=dict(shares))
+        return RunOrder(replace(plan, phases=(first, *plan.phases[1:])), *args)
+
+    monkeypatch.setattr(mixture, "RunOrder", drifted)
+    with pytest.raises(RuntimeError, match=r"stream `\w+` has had \d+ of the \d+ tokens of phase knowledge"):
+        train(overrides("run", "max_duration=20ba"))
+    steps = steps_of(tmp_path / "run")
+    assert 0 < len(steps) < 20  # the step it shows at is not trained on
+    shares = {"en_cosmopedia": 0.55, "it_culturax": 0.35, "it_instructions": 0.1}
+    for line in steps:
+        total = sum(line["realised"].values())
+        assert all(abs(line["realised"][name] - share * total) < 128 for name, share in shares.items())
+
+
+def lines(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
