@@ -107,7 +107,8 @@ def run_trainer(settings: Any) -> tuple[list[float], list[float]]:
     """Seconds of each step after the warm-up under Composer, and the share of each that waited for data."""
     from composer import Callback
 
-    from train.main import build_trainer, local_folder
+    from train.main import build_trainer
+    from train.run_store import run_folder
     from train.settings import plan_of
     from train.shards import open_shards
 
@@ -122,7 +123,7 @@ def run_trainer(settings: Any) -> tuple[list[float], list[float]]:
     plan = plan_of(settings, shards.block_len)
     from train.checkpoints import duration
 
-    folder = local_folder(settings)
+    folder = run_folder(settings.run_name, settings.save_folder)
     folder.mkdir(parents=True, exist_ok=True)
     until = duration(None, plan.steps)
     trainer = build_trainer(settings, Path("bench"), shards, plan, folder, until, None)
@@ -178,6 +179,7 @@ def utilisation(results: dict[str, Any], settings: Any) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     from train.model import build_model
+    from train.shards import open_shards
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     times = []
@@ -188,7 +190,8 @@ def utilisation(results: dict[str, Any], settings: Any) -> dict[str, float]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     ceiling = 2 * 8192**3 / min(times[3:])
-    model = build_model(settings, 3328, 0, 1)
+    tokenizer = open_shards(settings.shards, settings.cache).tokenizer
+    model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     config = model.model.config
     parameters = sum(p.numel() for p in model.parameters())
     flops = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * 1024

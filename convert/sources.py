@@ -165,19 +165,21 @@ def check_columns(where: str, names: list[str], column: str | None) -> list[str]
 
 
 def _group(spans: list[Span], part_bytes: int) -> list[Part]:
-    """Neighbouring spans joined to parts of at most `part_bytes` of text (or one span that is larger)."""
+    """Neighbouring spans joined to as few parts of about `part_bytes` of text as hold them, all about as large."""
+    weights = [span.bytes * (_PACKED if span.file.endswith((".gz", ".zst")) else 1) for span in spans]
+    share = max(1, sum(weights)) / max(1, -(-sum(weights) // part_bytes))
     parts: list[list[Span]] = []
-    filled = 0
-    for span in spans:
-        weight = span.bytes * (_PACKED if span.file.endswith((".gz", ".zst")) else 1)
-        if parts and filled + weight <= part_bytes:
-            last = parts[-1][-1]
-            if last.file == span.file and last.end == span.begin:
-                parts[-1][-1] = Span(span.kind, span.file, last.begin, span.end, last.bytes + span.bytes)
-            else:
-                parts[-1].append(span)
-            filled += weight
-        else:
+    number, before = -1, 0
+    for span, weight in zip(spans, weights, strict=True):
+        middle = int((before + weight / 2) // share)  # the share that most of the span lies in
+        before += weight
+        if middle != number:
             parts.append([span])
-            filled = weight
+            number = middle
+            continue
+        last = parts[-1][-1]
+        if last.file == span.file and last.end == span.begin:
+            parts[-1][-1] = Span(span.kind, span.file, last.begin, span.end, last.bytes + span.bytes)
+        else:
+            parts[-1].append(span)
     return [Part(tuple(part)) for part in parts]

@@ -57,6 +57,13 @@ TABLE = [
     ("train.main", [], "no config file given"),
     ("train.main", [TRAIN, "sead=1"], "Key 'sead' not in 'TrainSettings'"),
     ("train.main", [TRAIN, "phases.0.stepps=1"], "stepps"),
+    ("train.main", [TRAIN, "num_workers=-1"], "setting `num_workers` is -1; it is at least 0"),
+    ("train.main", [TRAIN, "optimizer.betas=[0.9]"], r"`optimizer.betas` is \[0.9\]; two numbers"),
+    ("train.main", [TRAIN, "generate={interval: 5, prompts: ['']}"], "`generate.prompts` holds an empty one"),
+    ("train.main", [TRAIN, HELD, "eval={interval: 5, seq_lens: [300]}"], "300 tokens do not divide blocks of"),
+    ("train.main", [TRAIN, HELD, "parallelism={fspd: {}}"], "`parallelism` has fspd; it takes `fsdp"),
+    ("train.main", [TRAIN, HELD, "parallelism={fsdp: {sharding: x}}"], "`parallelism.fsdp.sharding` is unknown"),
+    ("train.main", [TRAIN, HELD, "parallelism={fsdp: {state_dict_type: sharded}}"], "it must be full"),
     ("train.main", [TRAIN, "seed=ten"], "setting `seed`: Value 'ten'"),
     ("train.main", [TRAIN, "phases.7.steps=1"], "override `phases.7.steps=1`"),
     # Building: settings

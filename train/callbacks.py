@@ -1,17 +1,21 @@
 """What a run is given besides its data: loggers, speed, gradient clipping - Composer's own, chosen by settings."""
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from composer import Callback
+from composer import Callback, Logger, State
 from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.loggers import LoggerDestination
+from composer.utils import dist
 
-from chimera.cli import UserError
+from chimera.cli import UserError, say
 from train.model import CausalLM
 from train.monitor import MetricsFile
+from train.schedulers import check_scheduler, multiplier
 from train.settings import TrainSettings
 from train.shards import Shards
 
@@ -71,6 +75,52 @@ def speed(model: CausalLM, on_gpu: bool) -> Sequence[Callback]:
 def clipping(norm: float | None) -> list[GradientClipping]:
     """Clip the global gradient at `norm`, if given."""
     return [] if norm is None else [GradientClipping(clipping_type="norm", clipping_threshold=norm)]
+
+
+class SetOptimizer(Callback):
+    """Before each step, the learning rate of that step and what else the settings say of the optimizer.
+
+    Composer's schedulers move on before the step is counted, so each step would train with the rate of the one
+    before; and a checkpoint brings the optimizer's settings of its own time, over those of the config.
+
+    Args:
+        settings: of the run; raises `UserError` where its scheduler does not fit into the plan.
+        steps: of the whole plan.
+    """
+
+    def __init__(self, settings: TrainSettings, steps: int) -> None:
+        check_scheduler(settings.scheduler, steps)
+        self.settings, self.steps = settings, steps
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        options = self.settings.optimizer
+        share = multiplier(self.settings.scheduler, self.steps, state.timestamp.batch.value)
+        for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
+            group["lr"] = share * options.lr
+            group["initial_lr"] = options.lr  # DecoupledAdamW decays weights by lr / initial_lr
+            group["betas"], group["eps"] = tuple(options.betas), options.eps
+            group["weight_decay"] = options.weight_decay
+
+
+class ProgressLines(Callback):
+    """Without a terminal, a line on how far the run is: at its first steps, then at most every `seconds`."""
+
+    def __init__(self, steps: int, seconds: float = 30) -> None:
+        self.steps, self.seconds = steps, seconds
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.began = self.said = time.monotonic()
+        self.first, self.first_tokens = state.timestamp.batch.value, state.timestamp.token.value
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        now, step = time.monotonic(), state.timestamp.batch.value
+        if dist.get_global_rank() or (now - self.said < self.seconds and step > self.first + 1 and step < self.steps):
+            return
+        self.said, took = now, max(1e-9, now - self.began)
+        left = timedelta(seconds=round((self.steps - step) * took / (step - self.first)))
+        rate = (state.timestamp.token.value - self.first_tokens) / took
+        loss = float(state.total_loss_dict["loss/train/total"])
+        say(f"step {step} of {self.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s, {left} left at this rate")
 
 
 class About(Callback):

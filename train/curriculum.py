@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chimera.cli import UserError, say
 from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
 from train.mixture import MixtureDataset
+from train.model import check_document_mask
 from train.schedule import Plan
 from train.settings import TrainSettings
 
@@ -35,17 +36,21 @@ class Curriculum(Callback):
         self.plan = plan
         self.marks = marks
         self.microbatch_tokens = microbatch_tokens
-        self.seq_len = 0
+        self.seq_len = self.graphs = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Try the longest stage ahead before the first step, so that running out of memory shows at once."""
+        """Before the first step: documents are told apart, and the longest stage ahead fits into memory."""
         step = state.timestamp.batch.value
         ahead = [segment for segment in self.plan.segments if segment.end_step > step]
-        if not ahead or not isinstance(state.device_train_microbatch_size, int):
+        if not ahead:
             return
+        if self.marks.document_mask:
+            with get_precision_context(state.precision, state.precision_config):
+                check_document_mask(_module(state), min(segment.seq_len for segment in ahead))
         heaviest = max(ahead, key=lambda segment: (segment.seq_len, segment.sequences_per_step))
         rank_sequences = heaviest.sequences_per_step // dist.get_world_size()
-        sequences = self._microbatch(heaviest.seq_len, rank_sequences)
+        # Where Composer finds the microbatch, one sequence is the least it can come to.
+        sequences = self._microbatch(heaviest.seq_len, rank_sequences) if self.microbatch_tokens else 1
         try:
             _trial(state, sequences, heaviest.seq_len)
         except RuntimeError as error:
@@ -54,7 +59,7 @@ class Curriculum(Callback):
             raise UserError(
                 f"out of memory at the longest stage ahead: {sequences} sequences of {heaviest.seq_len} tokens at "
                 f"once (phase {heaviest.phase_name}, from step {heaviest.first_step}): lower "
-                f"`device_train_microbatch_tokens` (now {sequences * heaviest.seq_len}), or set "
+                f"`device_train_microbatch_tokens` (now {self.microbatch_tokens or 'auto'}), or set "
                 "`activation_checkpointing: true`"
             ) from None
 
@@ -75,14 +80,27 @@ class Curriculum(Callback):
                     f"step {info.step}: phase {info.phase}, sequences of {info.seq_len} tokens, "
                     f"{info.sequences} a rank, {state.device_train_microbatch_size} at once"
                 )
-            _report_recompilations()
         logger.log_metrics({"curriculum/seq_len": info.seq_len})
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Log how many graphs `torch.compile` has made; past the second length it makes one for any length."""
+        graphs = _compiled_graphs()
+        if graphs != self.graphs:
+            logger.log_metrics({"curriculum/compiled_graphs": graphs})
+            if dist.get_global_rank() == 0:
+                say(f"torch.compile: {graphs} graphs so far, at sequences of {self.seq_len} tokens")
+            self.graphs = graphs
 
     def _microbatch(self, seq_len: int, rank_sequences: int) -> int:
         """Sequences a device takes at once, at least one and at most its share of the step."""
         if self.microbatch_tokens is None:
             return rank_sequences
         return max(1, min(rank_sequences, self.microbatch_tokens // seq_len))
+
+
+def _module(state: State) -> Any:
+    """The `CausalLM`, out of its wrapper."""
+    return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
 
 
 def _trial(state: State, sequences: int, seq_len: int) -> None:
@@ -101,23 +119,20 @@ def _trial(state: State, sequences: int, seq_len: int) -> None:
         alone: Callable[[], Any] = model.no_sync if isinstance(model, DistributedDataParallel) else torch.enable_grad
         with alone():
             with get_precision_context(state.precision, state.precision_config):
-                module = model.module if isinstance(model, DistributedDataParallel) else model
-                loss = module.loss(model(batch), batch)
+                loss = _module(state).loss(model(batch), batch)
             loss.backward()
         del moments, loss
     for parameter in parameters:
         parameter.grad = None
 
 
-def _report_recompilations() -> None:
-    """Say how many graphs `torch.compile` has made so far: one per sequence length is expected."""
+def _compiled_graphs() -> int:
+    """Graphs that `torch.compile` has made in this process."""
     if "torch._dynamo" not in sys.modules:
-        return
+        return 0
     from torch._dynamo.utils import counters
 
-    graphs = counters["stats"].get("unique_graphs", 0)
-    if graphs and dist.get_global_rank() == 0:
-        say(f"torch.compile: {graphs} graphs so far")
+    return int(counters["stats"].get("unique_graphs", 0))
 
 
 def count_samples(batch: dict[str, Any]) -> int:
@@ -125,12 +140,16 @@ def count_samples(batch: dict[str, Any]) -> int:
     return batch["info"].sequences if "info" in batch else len(batch["input_ids"])
 
 
-def count_tokens(batch: dict[str, Any]) -> dict[str, int]:
-    """This rank's tokens in a step's blocks or in a view of them, in all and those a loss is computed for."""
+def count_tokens(batch: dict[str, Any]) -> dict[str, float]:
+    """This rank's tokens in a step's blocks or in a view of them, in all and those a loss is computed for.
+
+    The latter are a little above 0 at least: Composer weighs microbatches by them, and a step in which nothing is
+    trained (`train_on: assistant`) would divide by zero.
+    """
     if "info" in batch:
         total = batch["info"].sequences * batch["info"].seq_len
-        return {"total": total, "loss_generating": total}
-    return {"total": batch["input_ids"].numel(), "loss_generating": trained_tokens(batch["labels"])}
+        return {"total": total, "loss_generating": float(total)}
+    return {"total": batch["input_ids"].numel(), "loss_generating": max(1e-9, float(trained_tokens(batch["labels"])))}
 
 
 class MixtureLoader(StreamingDataLoader):

@@ -1,15 +1,18 @@
 """Evaluation between steps: loss and perplexity of each stream's `eval` split, and sample generations."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from composer import Callback, DataSpec, Evaluator, Logger, State
+from composer.core import get_precision_context
 from composer.utils import dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from chimera.cli import say
+from chimera.cli import UserError, say
 from train.cache import ShardCache
 from train.collate import Marks, StepInfo, view_sequences
 from train.index import read_index
@@ -18,7 +21,7 @@ from train.schedule import Plan
 from train.settings import GenerateSettings, TrainSettings
 from train.shards import Shards
 
-BATCH_BLOCKS = 4  # a device takes at once
+BATCH_BLOCKS = 4  # a rank reads at once
 
 
 class EvalBlocks(IterableDataset):
@@ -66,11 +69,25 @@ class EvalBlocks(IterableDataset):
             yield view_sequences(batch, self.marks)
 
 
-def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks) -> list[Evaluator]:
-    """One evaluator a stream and sequence length: `metrics/eval/<stream>/<seq_len>/{loss,perplexity}`."""
+def evaluators(
+    settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks, microbatch_tokens: int | None
+) -> list[Evaluator]:
+    """One evaluator a stream and sequence length: `metrics/eval/<stream>/<seq_len>/{loss,perplexity}`.
+
+    Args:
+        microbatch_tokens: tokens a device takes at once in training, and so here; None: one sequence.
+
+    Raises:
+        UserError: a length of `eval.seq_lens` does not divide the blocks.
+    """
     if not settings.eval.interval:
         return []
     lengths = settings.eval.seq_lens or sorted({segment.seq_len for segment in plan.segments})
+    for seq_len in lengths:
+        if seq_len < 2 or shards.block_len % seq_len:
+            raise UserError(
+                f"setting `eval.seq_lens`: sequences of {seq_len} tokens do not divide blocks of {shards.block_len}"
+            )
     found = []
     for stream in plan.streams:
         count = min(settings.eval.blocks, shards.streams[stream]["eval"]["blocks"])
@@ -83,6 +100,7 @@ def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks
         tokens, assistant = reader.read(np.zeros(count, np.int64), np.arange(count))
         for seq_len in lengths:
             blocks = EvalBlocks(tokens, assistant, seq_len, min(BATCH_BLOCKS, len(tokens)), marks)
+            in_batch = blocks.batch_blocks * shards.block_len
             # A generator of its own: a loader draws a seed at each pass, which would move the run's random state.
             loader = DataLoader(blocks, batch_size=None, generator=torch.Generator())
             spec = DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch["input_ids"]))
@@ -92,7 +110,7 @@ def evaluators(settings: TrainSettings, shards: Shards, plan: Plan, marks: Marks
                     dataloader=spec,
                     metric_names=["loss", "perplexity"],
                     eval_interval=f"{settings.eval.interval}ba",
-                    device_eval_microbatch_size=BATCH_BLOCKS * shards.block_len // seq_len,
+                    device_eval_microbatch_size=max(1, min(microbatch_tokens or 0, in_batch) // seq_len),
                 )
             )
     return found
@@ -112,7 +130,7 @@ class Generate(Callback):
         module: Any = state.model.module if hasattr(state.model, "module") else state.model
         module.eval()
         rows = []
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(module), get_precision_context(state.precision, state.precision_config):
             for prompt in self.settings.prompts:
                 ids = torch.tensor([self.tokenizer.encode(prompt)], device=state.device._device)
                 made = module.model.generate(
@@ -130,3 +148,13 @@ class Generate(Callback):
         if dist.get_global_rank() == 0:
             for prompt, text in rows:
                 say(f"step {step}: {prompt!r} → {text!r}")
+
+
+def whole_parameters(module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Every rank holds all parameters inside: generation passes by the forward that FSDP gathers them in."""
+    if not any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+        return contextlib.nullcontext()
+    whole: contextlib.AbstractContextManager[None] = FullyShardedDataParallel.summon_full_params(
+        module, writeback=False
+    )
+    return whole

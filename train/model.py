@@ -3,12 +3,16 @@
 The loss of a batch is the mean over its trained tokens, wherever microbatches and ranks cut it.
 """
 
+import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from composer.models import ComposerModel
+from composer.utils import FSDPConfig
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -26,11 +30,18 @@ class CausalLM(ComposerModel):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        # transformers 4.53 lets flash attention tell documents apart in a batch of one only; positions restart at each
+        # sequence too, so that all of them may lie in one row.
+        self.in_one_row = model.config._attn_implementation == "flash_attention_2"
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits `[sequences, seq_len, vocabulary]`."""
+        ids, places = batch["input_ids"], batch["position_ids"]
+        shape = ids.shape
+        if self.in_one_row:
+            ids, places = ids.reshape(1, -1), places.reshape(1, -1)
         # With a cache, transformers 4.53 drops the document mask it derives from position_ids without a word.
-        return self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        return self.model(input_ids=ids, position_ids=places, use_cache=False).logits.view(*shape, -1)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Mean cross-entropy in nats over the trained tokens of `batch`, a scalar; 0 where there are none."""
@@ -45,6 +56,32 @@ class CausalLM(ComposerModel):
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: Metric) -> None:
         metric.update(outputs, batch["labels"])
+
+
+def check_document_mask(model: CausalLM, seq_len: int) -> None:
+    """Raise `UserError` unless what a document says leaves the documents after it in its sequence as they are.
+
+    Not every `transformers` model makes a document mask of `position_ids`, and those that do not say nothing. Two
+    forward passes of two sequences differ in their first documents alone; the second ones' logits must not.
+    """
+    device = next(model.parameters()).device
+    half = seq_len // 2
+    places = torch.cat([torch.arange(half), torch.arange(seq_len - half)]).expand(2, -1).to(device)
+    ids = torch.arange(seq_len).expand(2, -1).remainder(7).to(device)
+    other = torch.where(torch.arange(seq_len, device=device) < half, ids + 7, ids)
+    training = model.training
+    model.eval()  # no dropout: nothing random is drawn
+    with torch.no_grad():
+        one, two = (model({"input_ids": x, "position_ids": places})[:, half:].float() for x in (ids, other))
+    model.train(training)
+    # The same numbers but for kernels whose order of summation is not fixed; what leaks is far above that.
+    if (off := (one - two).abs().max().item()) > 1e-4 * one.abs().max().item():
+        config = model.model.config
+        raise UserError(
+            f"setting `document_mask: true` has no effect on `{config.model_type}` with `attn_implementation: "
+            f"{config._attn_implementation}`: other text before a document changes its logits by {off:.2g}: set "
+            "`document_mask=false`, or take a model that tells documents apart (llama, qwen2, mistral, ...)"
+        )
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,6 +169,9 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
         raise UserError(f"setting `model`: {one_line(error)[:300]}") from None
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            module._fsdp_wrap = True  # what Composer's FSDP gathers at a time; without it, the whole model at once
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.liger:
@@ -141,11 +181,35 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
 
 def _apply_liger(model: PreTrainedModel) -> None:
     """Swap norm, rotary and MLP kernels for Liger's; the loss stays ours."""
+    if not torch.cuda.is_available():
+        raise UserError("setting `liger` needs a GPU, and none is found: leave it out")
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError:
         raise UserError("setting `liger` needs the gpu extra: pip install -e '.[gpu]'") from None
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(f"setting `liger`: it has no kernels for `{model.config.model_type}` models: leave it out")
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def check_parallelism(parallelism: dict[str, Any]) -> None:
+    """Raise `UserError` for a key Composer would pass over in silence, and for what cannot be resumed or run here."""
+    if not parallelism:
+        return
+    known = {field.name for field in dataclasses.fields(FSDPConfig) if field.init and not field.name.startswith("_")}
+    if set(parallelism) != {"fsdp"}:
+        raise UserError(f"setting `parallelism` has {', '.join(parallelism)}; it takes `fsdp: {{...}}` alone")
+    options = parallelism["fsdp"] or {}
+    for key in options:
+        if key not in known:
+            raise UserError(f"setting `parallelism.fsdp.{key}` is unknown; known are {', '.join(sorted(known))}")
+    if options.get("state_dict_type", "full") != "full":
+        raise UserError("setting `parallelism.fsdp.state_dict_type`: checkpoints are one file, so it must be full")
+    if os.environ.get("FSDP_VERSION", "1") != "1":
+        raise UserError("FSDP_VERSION is set in the environment: its second version writes other checkpoints: unset it")
+    if not torch.cuda.is_available():
+        raise UserError("setting `parallelism` needs GPUs, and none is found: leave it out")
 
 
 def check_tokens(manifest_streams: dict[str, Any], used: Sequence[str], vocabulary: int) -> None:
@@ -157,3 +221,26 @@ def check_tokens(manifest_streams: dict[str, Any], used: Sequence[str], vocabula
                 f"stream `{name}` holds token id {largest}, but the model's vocabulary has {vocabulary} entries: "
                 "set `model.vocab_size` higher, or build the shards with the model's tokenizer"
             )
+
+
+def check_pretrained(folder: str | None, shards_tokenizer: Path) -> None:
+    """Raise `UserError` if a model folder's tokenizer gives a token another id than the shards' tokenizer does.
+
+    The shards' may have more tokens: then the model's vocabulary grows. A folder without a tokenizer passes.
+    """
+    theirs = None if folder is None else Path(folder, "tokenizer.json")
+    if theirs is None or not theirs.exists():
+        return
+    ids, known = _vocabulary(shards_tokenizer), _vocabulary(theirs)
+    other = [token for token, number in known.items() if ids.get(token) != number]
+    if other:
+        raise UserError(
+            f"setting `model.pretrained`: the tokenizer in {folder} is not the shards': {len(other)} of its "
+            f"{len(known)} tokens have another id or none there, {other[0]!r} for one: build the shards with it"
+        )
+
+
+def _vocabulary(tokenizer_json: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_file(str(tokenizer_json)).get_vocab(with_added_tokens=True))

@@ -69,9 +69,9 @@ class Monitor(Callback):
             begun = self.plan.blocks_before(self.plan.phase_start(segment.phase))
             now = self.plan.blocks_before(info.step)
             self.phase = info.phase
-            self.realised = {name: (now[name] - begun[name]) * self.plan.block_len for name in phase.proportions}
+            self.realised = {name: (now[name] - begun[name]) * self.plan.block_len for name in info.streams}
         for name, tokens in info.streams.items():
-            self.realised[name] = self.realised.get(name, 0) + tokens
+            self.realised[name] += tokens
         seen = sum(self.realised.values())
         targets = {name: phase.proportions.get(name, Fraction(0)) * seen for name in self.realised}
         for name, tokens in self.realised.items():
@@ -113,8 +113,10 @@ class Monitor(Callback):
             self.file.flush()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.file is not None:
-            self.file.flush()
+        """Complete the step's metrics before it is saved: loggers come after the callback that saves, and may stop."""
+        for destination in logger.destinations:
+            if isinstance(destination, MetricsFile):
+                destination.write(state.timestamp.batch.value - 1)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
@@ -124,9 +126,18 @@ class Monitor(Callback):
 
 
 def keep_steps(path: Path, steps: int) -> None:
-    """Drop from a JSON-lines file what does not belong to the first `steps` steps, a torn last line included."""
+    """Drop from a JSON-lines file what does not belong to the first `steps` steps, a torn last line included.
+
+    Before step 0 nothing belongs: the file of a run without a checkpoint is kept as `.old`, unless a longer one is.
+    """
     if not path.exists():
         return
+    if steps == 0 and (size := path.stat().st_size):
+        old = path.with_name(f"{path.name}.old")
+        if not old.exists() or old.stat().st_size <= size:
+            path.replace(old)
+            say(f"{path.parent} holds no checkpoint to go on from: the {path.name} of before is kept as {old.name}")
+            return
     kept, expected = [], 0
     with path.open("rb") as lines:
         for line in lines:
@@ -156,35 +167,46 @@ class MetricsFile(LoggerDestination):
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
         self.file: Any = None
-        self.line: dict[str, Any] = {}
+        self.pending: dict[str, Any] = {}  # logged, not written
+        self.line: dict[str, Any] = {}  # the file's last, which begins at byte `begin`
+        self.begin = 0
         self.step = -1
+        self.trained = False  # to the end
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            keep_steps(self.path, state.timestamp.batch.value)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.step = state.timestamp.batch.value - 1
+            keep_steps(self.path, self.step + 1)
+            self.file = self.path.open("ab")
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():
             number = value.item() if hasattr(value, "item") else value
             if isinstance(number, int | float) and math.isfinite(number):
-                self.line[name] = number
+                self.pending[name] = number
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._write(state.timestamp.batch.value - 1)
+        self.write(state.timestamp.batch.value - 1)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        self._write(state.timestamp.batch.value - 1)
+        self.trained = True
 
-    def _write(self, step: int) -> None:
-        if self.file is not None and step > self.step:
-            self.file.write(json.dumps({"step": step, **self.line}) + "\n")
+    def write(self, step: int) -> None:
+        """Write what is pending as the line of `step`; where that is written already, into it."""
+        if self.file is not None and (self.pending or step > self.step):
+            if step > self.step:
+                self.step, self.line, self.begin = step, {"step": step}, self.file.tell()
+            self.line |= self.pending
+            self.file.seek(self.begin)
+            self.file.truncate()
+            self.file.write(json.dumps(self.line).encode() + b"\n")
             self.file.flush()
-            self.step = step
-        self.line = {}
+        self.pending = {}
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
+            if self.trained:  # evaluations at the end come after it
+                self.write(self.step)
             self.file.close()
             self.file = None

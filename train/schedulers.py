@@ -6,25 +6,18 @@ and Hutter, "SGDR", 2017.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 from chimera.cli import UserError
 from train.settings import SchedulerSettings
 
 
-def learning_rate(settings: SchedulerSettings, steps: int) -> Callable[[Any, float], float]:
-    """Composer's scheduler: a function of (state, scale) that gives the multiplier for the coming step."""
+def check_scheduler(settings: SchedulerSettings, steps: int) -> None:
+    """Raise `UserError` where warm-up and decay do not fit into a plan of `steps`."""
     if settings.warmup_steps + (settings.decay_steps if settings.name == "wsd" else 0) > steps:
         raise UserError(
             f"setting `scheduler`: warmup_steps {settings.warmup_steps} and decay_steps {settings.decay_steps} "
             f"do not fit into {steps} steps"
         )
-
-    def schedule(state: Any, _scale: float = 1.0) -> float:
-        return multiplier(settings, steps, state.timestamp.batch.value)
-
-    return schedule
 
 
 def multiplier(settings: SchedulerSettings, steps: int, step: int) -> float:

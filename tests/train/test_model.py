@@ -5,7 +5,7 @@ import torch
 
 from chimera.cli import UserError
 from train.collate import IGNORED, trained_tokens
-from train.model import CausalLM, Perplexity, TokenLoss, build_model, check_tokens, token_losses
+from train.model import CausalLM, Perplexity, TokenLoss, build_model, check_document_mask, check_tokens, token_losses
 from train.settings import TrainSettings
 
 TINY = {
@@ -47,6 +47,48 @@ def test_documents_in_one_sequence_do_not_see_each_other(attention):
             alone = model({name: value[:, here] for name, value in batch.items()})[0]
             assert torch.allclose(together[here], alone, atol=1e-5)
             first += n
+
+
+def test_sequences_laid_in_one_row_give_the_same_logits():
+    model = tiny()
+    batch = {name: value.view(2, -1) for name, value in packed([7, 5, 12]).items()}
+    with torch.no_grad():
+        apart = model(batch)
+        model.in_one_row = True  # as flash attention needs them
+        assert torch.allclose(model(batch), apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [3, 16])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+def test_a_document_mask_that_works_passes(model_type, seq_len):
+    check_document_mask(tiny(model_type=model_type).train(), seq_len)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
+        {
+            "model_type": "qwen2_moe",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+        {
+            "model_type": "stablelm",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+    ],
+)
+def test_a_document_mask_without_effect_is_refused(model):
+    torch.manual_seed(0)
+    built = build_model(TrainSettings(model=model), vocab_size=100, eos_id=0, pad_id=1)
+    with pytest.raises(UserError, match=f"no effect on `{model['model_type']}` with `attn_implementation: sdpa`"):
+        check_document_mask(built, 16)
 
 
 def test_without_restarting_positions_documents_do_see_each_other():

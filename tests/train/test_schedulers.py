@@ -3,7 +3,7 @@
 import pytest
 
 from chimera.cli import UserError
-from train.schedulers import learning_rate, multiplier
+from train.schedulers import check_scheduler, multiplier
 from train.settings import SchedulerSettings
 
 
@@ -30,4 +30,4 @@ def test_constant_stays_at_the_peak_after_warm_up():
 
 def test_stages_longer_than_the_run_are_refused():
     with pytest.raises(UserError, match="do not fit into 10 steps"):
-        learning_rate(SchedulerSettings(warmup_steps=8, decay_steps=3), 10)
+        check_scheduler(SchedulerSettings(warmup_steps=8, decay_steps=3), 10)

@@ -9,6 +9,8 @@ import torch
 
 from chimera.cli import UserError
 from tests.train.conftest import steps_of, weights_of
+from train import collate, export_hf
+from train.export_hf import read_checkpoint
 from train.main import main
 
 
@@ -112,6 +114,19 @@ def test_microbatches_change_the_loss_by_float_error_only(overrides, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def test_each_step_trains_with_its_own_learning_rate_and_the_configs_optimizer(overrides, tmp_path):
+    main(overrides("run", "max_duration=5ba"))
+    main(overrides("run", "optimizer.lr=0.01", "optimizer.weight_decay=0.1"))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr-DecoupledAdamW/group0"] for line in lines]
+    lr = 0.003  # yamls/demo/base.yaml
+    assert rates[:5] == pytest.approx([lr / 3, 2 * lr / 3, lr, lr, lr])
+    assert rates[5:20] == pytest.approx([0.01] * 15)
+    assert rates[29] == pytest.approx(0.001), "the last step reaches `final`"
+    (group,) = read_checkpoint(tmp_path / "run/ep0-ba30-rank0.pt")["optimizers"]["DecoupledAdamW"]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.01, 0.1)
+
+
 def test_training_on_what_the_assistant_says_only(overrides, tmp_path):
     main(overrides("run", "train_on=assistant", "max_duration=6ba"))
     main(overrides("all", "max_duration=6ba"))
@@ -121,6 +136,41 @@ def test_training_on_what_the_assistant_says_only(overrides, tmp_path):
     first = chat.index(True)
     assert some[:first] == everything[:first]  # text is trained in full
     assert some[first]["loss"] != everything[first]["loss"]
+
+
+def test_a_step_without_a_trained_token_leaves_the_weights_to_decay_alone(overrides, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collate, "document_starts", lambda ids, _: torch.ones_like(ids, dtype=torch.bool))
+        main(overrides("run", "max_duration=3ba", "document_mask=false"))
+    assert [line["loss"] for line in steps_of(tmp_path / "run")] == [0, 0, 0]
+
+
+def test_a_stream_without_a_share_in_any_phase_is_no_matter(overrides, tmp_path):
+    none = ["phases.0.proportions={en_cosmopedia: 0.6, it_culturax: 0.4, it_instructions: 0}"]
+    none += ["phases.1.proportions={en_cosmopedia: 0.5, it_culturax: 0.5, it_instructions: 0.0}", "max_duration=2ba"]
+    main(overrides("run", *none))
+    assert set(steps_of(tmp_path / "run")[0]["streams"]) == {"en_cosmopedia", "it_culturax"}
+
+
+def test_a_model_folder_with_another_tokenizer_is_refused(overrides, tmp_path):
+    main(overrides("run", "max_duration=2ba"))
+    export_hf.main([str(tmp_path / "run/ep0-ba2-rank0.pt"), str(tmp_path / "exported")])
+    main(overrides("again", f"model.pretrained={tmp_path}/exported", "max_duration=2ba"))
+    file = tmp_path / "exported/tokenizer.json"
+    spec = json.loads(file.read_text())
+    vocab = spec["model"]["vocab"]
+    one, other = [token for token in vocab if len(token) > 2][-2:]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"2 of its \d+ tokens have another id"):
+        main(overrides("other", f"model.pretrained={tmp_path}/exported"))
+
+
+def test_a_model_that_cannot_tell_documents_apart_is_refused(overrides):
+    other = ["model.model_type=stablelm", "model.num_key_value_heads=2", "max_duration=1ba"]
+    with pytest.raises(UserError, match="no effect on `stablelm`"):
+        main(overrides("run", *other))
+    main(overrides("unmasked", *other, "document_mask=false"))
 
 
 def test_another_tokenizer_than_the_shards_is_refused(overrides, demo_shards, tmp_path):
