@@ -7,6 +7,7 @@ else is a defect of ours and keeps its traceback.
 import argparse
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,10 +41,23 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `… | head`: who reads has had enough, which is no failure
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # `… | head`: who reads has had enough, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     raise SystemExit(code or 0)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    except (OSError, ValueError):  # stdout is no file
+        return False
+    return bool(poll.poll(0))
 
 
 def parse(

@@ -58,18 +58,18 @@ def build(settings: Any) -> None:
     work = settings.work_folder
     digest = Encoder.from_settings(settings.tokenizer).digest
     output = open_output(settings)
-    if not work.exists() and planning.finished(settings, output, digest):
-        shutil.rmtree(work, ignore_errors=True)  # reading a store leaves traces there
-        return
+    if not settings.remote and not work.exists() and planning.finished(settings, output, digest):
+        return  # which needs no permission to write there
     work.mkdir(parents=True, exist_ok=True)
     with journal.locked(work / "lock", wait=False) as free:
         if not free:
             raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
-        if planning.finished(settings, output, digest):
-            output.release()
-            shutil.rmtree(work)
-            return
         try:
+            if planning.finished(settings, output, digest):
+                if (work / "plan.json").exists():
+                    output.release()
+                shutil.rmtree(work)
+                return
             plan = planning.current_plan(settings, work, output, digest)
         except BaseException:
             if not (work / "plan.json").exists():

@@ -106,7 +106,7 @@ class LocalEngine:
         else:
             process, conn = self._spawn()
         self._busy[conn] = (process, task)
-        with contextlib.suppress(BrokenPipeError):  # it died just now: `wait` tells
+        with contextlib.suppress(OSError):  # it died just now: `wait` tells
             conn.send(task)
 
     def wait(self, seconds: float) -> list[Event]:
@@ -136,7 +136,8 @@ class LocalEngine:
 
     def close(self) -> None:
         for _, conn in self._idle:
-            conn.send(None)  # a worker without work can end in good order
+            with contextlib.suppress(OSError):  # it died while it had nothing to do
+                conn.send(None)  # a worker without work can end in good order
         for task in [task for _, task in self._busy.values()]:
             self.cancel(task)
         for process, _ in self._idle:

@@ -99,4 +99,4 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        yield path.exists()  # or the holder before us has removed the folder with it

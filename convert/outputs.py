@@ -101,13 +101,15 @@ class FolderOutput:
         taken = [self._root / name for name in streams if (self._root / name).exists()]
         if taken and not rebuild:
             raise UserError(f"{taken[0]} is not of this build: choose another `output` or set `rebuild=true`")
+        foreign = [file for folder in taken for file in folder.glob("*") if file.name not in SPLITS]
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} was not made by a build: move it away before `rebuild=true` removes the rest"
+            )
         (self._root / "manifest.json").unlink(missing_ok=True)  # first: nothing half removed may look whole
         for name in streams:
-            for split in SPLITS:
-                shutil.rmtree(self._root / name / split, ignore_errors=True)
+            shutil.rmtree(self._root / name, ignore_errors=True)
             (self._root / "rejects" / f"{name}.jsonl.zst").unlink(missing_ok=True)
-            if (self._root / name).is_dir():
-                (self._root / name).rmdir()
 
     can_discard = True
 

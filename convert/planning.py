@@ -18,7 +18,7 @@ from convert.documents import Document, DocumentReader, Dropped
 from convert.encoding import Encoder, tokenizer_file
 from convert.outputs import Output
 from convert.reading import Position
-from convert.settings import BuildSettings, StreamSettings, differences, identity
+from convert.settings import BuildSettings, StreamSettings, differences, identity, stream_name
 from convert.shards import Json, write_file
 from convert.sources import Opened, changed_files, open_source, rows
 
@@ -37,6 +37,9 @@ def current_plan(settings: BuildSettings, work: Path, output: Output, digest: st
         found = changes(plan, settings, digest)
         if not found:
             say(f"going on with the unfinished build in {work}")
+            if plan["running"] != (running := asdict(settings)):  # how it runs may change at any time
+                plan["running"] = running
+                write_file(work / "plan.json", plan_bytes(plan))
             return plan
         if not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", found))
@@ -70,9 +73,20 @@ def refusal(what: str, found: list[str]) -> str:
 
 
 def manifest_of(output: Output) -> Json | None:
-    """The output's manifest, or `None` before it is whole."""
+    """The output's manifest, or `None` before it is whole. Raises `UserError` for one of another program."""
     data = output.read("manifest.json")
-    return None if data is None else parsed(data, output.name)
+    if data is None:
+        return None
+    manifest = parsed(data, output.name)
+    try:
+        ours = manifest["format"] == 1 and manifest["settings"] and manifest["tokenizer"]["digest"]
+        ours = ours and all(map(stream_name, manifest["streams"]))  # their folders are removed under `rebuild`
+        ours = ours and all(stream["source"]["describe"] for stream in manifest["streams"].values())
+    except (KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{output.name}/manifest.json is not of this version's builder: choose another `output`")
+    return manifest
 
 
 def parsed(data: bytes, where: object) -> Json:
@@ -104,8 +118,12 @@ def make_plan(settings: BuildSettings, work: Path) -> Json:
         "streams": {name: _plan_stream(name, settings) for name in settings.streams},
     }
     write_file(work / "tokenizer.json", tokenizer_file(settings.tokenizer.path).read_bytes())
-    write_file(work / "plan.json", json.dumps(plan, sort_keys=True).encode())
+    write_file(work / "plan.json", plan_bytes(plan))
     return plan
+
+
+def plan_bytes(plan: Json) -> bytes:
+    return json.dumps(plan, sort_keys=True).encode()
 
 
 def _plan_stream(name: str, settings: BuildSettings) -> Json:

@@ -12,11 +12,12 @@ from omegaconf import MISSING
 
 from chimera.cli import UserError
 from convert.documents import IM_END
+from convert.packing import PACKINGS
 
 FORMATS = ("text", "chatml")
-PACKINGS = ("concat", "best_fit", "none")
 ENGINES = ("local", "ray")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_TAKEN = ("rejects", "tokenizer")  # folders of the output that are no stream's
 
 # Settings that say how a build runs, not what it writes: they may change between runs of one build.
 _RUNNING = ("output", "workers", "engine", "ray_address", "work", "stall_after", "retries", "rebuild")
@@ -59,14 +60,14 @@ class BuildSettings:
     compression: str | None = "zstd:3"
     hash: str = "xxh3_64"
     shard_bytes: int = 32 << 20  # of a shard before compression
-    part_bytes: int = 64 << 20  # of source text a part of local files aims at
+    part_bytes: int = 64 << 20  # of source text that a part of local files holds, about
     workers: Any = "auto"  # processes (local) or tasks at a time (ray); auto: the cores available
     engine: str = "local"
     ray_address: str | None = None  # None: a cluster already running here, else one started for the build
     eval_fraction: float = 0.005
     stall_after: float = 120.0  # seconds without a row before a source is named as stalled
     retries: int = 6  # attempts in a row at a hub or an object store, with back-off from 1 s doubling to 60 s
-    work: str | None = None  # of unfinished work; None: OUTPUT/.work, or ~/.cache/chimera for a remote output
+    work: str | None = None  # folder for unfinished work; None: OUTPUT/.work, or ~/.cache/chimera for a remote output
     rebuild: bool = False  # replace an output that was built with other settings
     streams: dict[str, StreamSettings] = field(default_factory=dict)
 
@@ -76,13 +77,15 @@ class BuildSettings:
 
     @property
     def work_folder(self) -> Path:
-        """Where unfinished work lies between runs; the same for every run of one output."""
-        if self.work is not None:
-            return Path(self.work).absolute()
-        if not self.remote:
+        """Where unfinished work lies between runs; the same for every run of one output, and of no other.
+
+        It is removed with the work, so it is never a folder of the user's.
+        """
+        if self.work is None and not self.remote:
             return Path(self.output).absolute() / ".work"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "chimera" / f"build-{hashlib.sha256(self.output.encode()).hexdigest()[:16]}"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chimera"
+        output = self.output.rstrip("/") if self.remote else str(Path(self.output).absolute())
+        return Path(self.work or cache).absolute() / f"build-{hashlib.sha256(output.encode()).hexdigest()[:16]}"
 
     @property
     def worker_count(self) -> int:
@@ -134,14 +137,22 @@ def check(settings: BuildSettings) -> None:
     """Refuse, with the key and the remedy, what the types let through."""
     _check_build(settings)
     for name, stream in settings.streams.items():
-        if not _NAME.fullmatch(name):
-            raise UserError(f"streams.{name}: a stream's name may hold letters, digits, `_` and `-` only")
+        if not stream_name(name):
+            raise UserError(
+                f"streams.{name}: a stream's name may hold letters, digits, `_` and `-` only, and be none of "
+                f"{', '.join(_TAKEN)}"
+            )
         if stream.format == "chatml" and settings.tokenizer.eos_token == IM_END:
             raise UserError(
                 f"tokenizer.eos_token: {IM_END} ends the messages of streams.{name} (format: chatml), so another "
                 "special token must end documents: <|endoftext|> or one like it"
             )
         _check_stream(f"streams.{name}", stream)
+
+
+def stream_name(name: str) -> bool:
+    """Whether a stream may be called so: a folder of the output has that name."""
+    return bool(_NAME.fullmatch(name)) and name not in _TAKEN
 
 
 def _check_build(settings: BuildSettings) -> None:

@@ -1,0 +1,152 @@
+"""The work folder between runs: whose it is, what is removed of it, and what may change before the build goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chimera.cli import UserError
+from convert.engine import LocalEngine, Task
+from convert.settings import BuildSettings, TokenizerSettings
+from tests.convert import builds
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    builds.write_sources(folder)
+    return folder
+
+
+def settings_for(sources: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    settings = builds.config(sources, output, **changes)
+    settings["streams"] = {"columns": settings["streams"]["columns"]}
+    return settings
+
+
+def work_of(settings: dict[str, Any]) -> Path:
+    tokenizer = TokenizerSettings(**settings["tokenizer"])
+    return BuildSettings(output=settings["output"], tokenizer=tokenizer, work=settings.get("work")).work_folder
+
+
+class _Stop(builds.Inline):
+    def wait(self, seconds: float) -> list[Any]:
+        raise KeyboardInterrupt
+
+
+def stopped(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that was stopped once it was planned."""
+    with monkeypatch.context() as patch:
+        patch.setattr(builds, "Inline", _Stop)
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(settings)
+
+
+def test_a_given_work_folder_keeps_what_the_user_has_there(sources: Path, tmp_path: Path) -> None:
+    work = tmp_path / "mine"
+    work.mkdir()
+    (work / "thesis.tex").write_text("years of work")
+    settings = settings_for(sources, tmp_path / "out", work=str(work))
+    with pytest.raises(UserError, match="no source opens"):
+        builds.build_here({**settings, "streams": {"s": {"sources": [{"files": ["/nowhere.jsonl"]}]}}})
+    assert [path.name for path in work.iterdir()] == ["thesis.tex"]
+    builds.build_here(settings)
+    builds.build_here(settings)
+    assert [path.name for path in work.iterdir()] == ["thesis.tex"]
+
+
+def test_two_outputs_under_one_work_folder_do_not_mix(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(sources, tmp_path / "a", work=str(tmp_path / "work"))
+    other = {**settings, "output": str(tmp_path / "b")}
+    assert work_of(settings) != work_of(other)
+    stopped(settings, monkeypatch)
+    builds.build_here(other)
+    assert (work_of(settings) / "plan.json").exists()
+    builds.build_here(settings)
+    assert builds.tree(tmp_path / "a") == builds.tree(tmp_path / "b")
+
+
+def test_an_unfinished_build_goes_on_with_the_running_settings_of_now(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(settings_for(sources, tmp_path / "out"), monkeypatch)
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    settings = settings_for(sources, tmp_path / "moved", retries=9)
+    stopped(settings, monkeypatch)
+    running = json.loads((tmp_path / "moved" / ".work" / "plan.json").read_text())["running"]
+    assert (running["output"], running["retries"]) == (str(tmp_path / "moved"), 9)
+    builds.build_here(settings)
+    assert not (tmp_path / "moved" / ".work").exists()
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"name": "a web app"},
+        ["a", "list"],
+        {"format": 1, "settings": {"a": 1}, "tokenizer": {"digest": "x"}, "streams": {"../../home": {}}},
+    ],
+)
+def test_a_manifest_of_another_program_is_refused(sources: Path, tmp_path: Path, manifest: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    for rebuild in (False, True):
+        with pytest.raises(UserError, match=r"manifest\.json is not of this version's builder"):
+            builds.build_here(settings_for(sources, tmp_path / "out", rebuild=rebuild))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
+def test_rebuild_removes_nothing_while_a_file_of_the_users_is_in_the_way(sources: Path, tmp_path: Path) -> None:
+    settings = settings_for(sources, tmp_path / "out")
+    builds.build_here(settings)
+    before = builds.tree(tmp_path / "out")
+    (tmp_path / "out" / "columns" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"columns/notes\.txt was not made by a build"):
+        builds.build_here({**settings, "block_len": 32, "rebuild": True})
+    (tmp_path / "out" / "columns" / "notes.txt").unlink()
+    assert builds.tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["rejects", "tokenizer"])
+def test_a_stream_may_not_take_the_name_of_another_folder(sources: Path, tmp_path: Path, name: str) -> None:
+    settings = settings_for(sources, tmp_path / "out")
+    settings["streams"] = {name: settings["streams"]["columns"]}
+    with pytest.raises(UserError, match=f"streams.{name}: a stream's name"):
+        builds.build_here(settings)
+
+
+def test_an_idle_worker_that_died_does_not_hide_how_the_build_ended(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(sources, tmp_path / "out")
+    stopped(settings, monkeypatch)
+    engine = LocalEngine(1, work_of(settings))
+    engine.start(Task("columns", 0, None))
+    while not any(event.kind == "done" for event in engine.wait(60)):
+        pass
+    ((process, _),) = engine._idle
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    engine.close()
+
+
+@pytest.mark.parametrize(("code", "status"), [("print('x' * 10**6)", 0), ("raise BrokenPipeError('of a worker')", 1)])
+def test_only_a_closed_stdout_makes_a_broken_pipe_a_good_end(code: str, status: int) -> None:
+    main = f"from chimera.cli import run\ndef main(argv):\n    {code}\nrun(main, [])"
+    with subprocess.Popen(
+        [sys.executable, "-c", main], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=builds.ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if status == 0:
+            process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait() == status, said
+        assert ("BrokenPipeError" in said) == bool(status)
