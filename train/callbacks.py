@@ -30,8 +30,25 @@ def loggers(settings: TrainSettings, folder: Path) -> list[LoggerDestination]:
             continue
         if name not in EXTRAS:
             raise UserError(f"setting `loggers` names {name!r}; known are file, {', '.join(EXTRAS)}")
-        chosen.append(_tracker(name, settings, folder))
+        chosen.append(_name_by_start(_tracker(name, settings, folder), folder))
     return chosen
+
+
+def _name_by_start(logger: LoggerDestination, folder: Path) -> LoggerDestination:
+    """Have a tracker keep what each start was made of as `start_0/…`, `start_1/…`.
+
+    A run resumed with another setting or rank count changes it, which trackers refuse; MLflow 3 then drops the
+    metrics sent with it.
+    """
+    starts = folder / "starts.jsonl"
+    number = len(starts.read_text().splitlines()) if starts.exists() else 0
+    log = logger.log_hyperparameters
+
+    def log_of_this_start(hyperparameters: dict[str, Any]) -> None:
+        log({f"start_{number}/{key}": value for key, value in hyperparameters.items()})
+
+    logger.log_hyperparameters = log_of_this_start  # type: ignore[method-assign]
+    return logger
 
 
 def _tracker(name: str, settings: TrainSettings, folder: Path) -> LoggerDestination:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,24 @@ def test_curves_go_to_the_loggers_named(overrides, tmp_path):
     assert len(about["manifest"]) == 64
     with pytest.raises(UserError, match="loggers` names 'tensorbord'"):
         main(overrides("other", "loggers=[tensorbord]"))
+
+
+def test_trackers_hold_the_curves_of_all_starts_of_a_run(overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)  # MLflow keeps tables in ./mlruns
+    main(overrides("run", "max_duration=5ba", "loggers=[wandb, mlflow]"))
+    # another setting: trackers refuse to change those of a run they know
+    main(overrides("run", "max_duration=8ba", "loggers=[wandb, mlflow]", "optimizer.lr=0.001"))
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        (runs,) = database.execute("select count(*) from runs").fetchone()
+        steps = database.execute("select step from metrics where key = 'loss/train/total' order by step").fetchall()
+        settings = database.execute("select key from params where key like '%/settings'").fetchall()
+    assert runs == 1
+    assert [step for (step,) in steps] == list(range(8))
+    assert sorted(key for (key,) in settings) == ["start_0/settings", "start_1/settings"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 2  # offline, each start is a file
 
 
 def test_single_documents_are_padded_to_the_longest_and_what_the_length_parts_is_logged(
