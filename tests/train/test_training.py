@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -126,6 +127,18 @@ def test_each_step_trains_with_its_own_learning_rate_and_the_configs_optimizer(o
     assert rates[29] == pytest.approx(0.001), "the last step reaches `final`"
     (group,) = read_checkpoint(tmp_path / "run/ep0-ba30-rank0.pt")["optimizers"]["DecoupledAdamW"]["param_groups"]
     assert (group["initial_lr"], group["weight_decay"]) == (0.01, 0.1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_model_trains_as_the_plain_one_with_few_graphs(overrides, tmp_path):
+    config = ["model.attention_dropout=0.0", "model.num_hidden_layers=1", "max_duration=18ba"]  # three lengths
+    main(overrides("plain", *config))
+    main(overrides("compiled", *config, "compile=true"))
+    for ours, theirs in zip(steps_of(tmp_path / "compiled"), steps_of(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    metrics = [json.loads(line) for line in (tmp_path / "compiled/metrics.jsonl").read_text().splitlines()]
+    graphs = [line["curriculum/compiled_graphs"] for line in metrics if "curriculum/compiled_graphs" in line]
+    assert 1 <= graphs[-1] <= 3  # one of fixed length, one of any length
 
 
 def test_training_on_what_the_assistant_says_only(overrides, tmp_path):
