@@ -1,5 +1,7 @@
 """A checkpoint becomes a folder that `transformers` loads, with the same logits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from chimera.cli import UserError
 from tests.train.conftest import weights_of
 from train.export_hf import main
 from train.main import main as train
+from train.model import build_model
+from train.settings import read_settings
 
 
 def test_a_checkpoint_loads_in_transformers_with_the_same_logits(overrides, tmp_path):
@@ -19,9 +23,17 @@ def test_a_checkpoint_loads_in_transformers_with_the_same_logits(overrides, tmp_
     weights = weights_of(tmp_path / "run", 5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[f"model.{name}"]), name
+
+    file, *words = overrides("run")
+    settings = read_settings(Path(file), words)
+    trained = build_model(settings, vocab_size=model.config.vocab_size, eos_id=0, pad_id=1).eval()
+    trained.load_state_dict(weights)
     ids = torch.arange(40)[None]
-    model.eval()
-    assert torch.isfinite(model(ids).logits).all()
+    with torch.no_grad():
+        theirs = model.eval()(ids).logits
+        ours = trained({"input_ids": ids, "position_ids": torch.arange(40)[None]})
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert theirs.std() > 0
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     chat = [{"role": "user", "content": "Ciao"}, {"role": "assistant", "content": "Salve"}]

@@ -33,9 +33,9 @@ def test_phases_as_files_stops_and_one_run_give_the_same_weights(whole, override
     assert [line["seq_len"] for line in reference] == [32] * 8 + [64] * 8 + [128] * 14
     assert [line["phase"] for line in reference] == ["knowledge"] * 20 + ["alignment"] * 10
 
-    # stopped in a stage, at a stage's edge and at the phase's edge
-    for until in (7, 16, 20, 30):
-        main(overrides("parts", f"max_duration={until}ba"))
+    # stopped in a stage, at a stage's edge and at the phase's edge; read by another number of workers each time
+    for until, workers in ((7, 1), (16, 0), (20, 2), (30, 0)):
+        main(overrides("parts", f"max_duration={until}ba", f"num_workers={workers}"))
     assert steps_of(tmp_path / "parts") == reference
     assert same(weights_of(tmp_path / "parts", 30), weights_of(whole, 30))
 
@@ -94,8 +94,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(overrides, tmp_path
     assert f"at step {len(stopped)} " in str(caught.value)
 
 
-def test_evaluation_and_generation_leave_the_run_as_it_is(whole, overrides, tmp_path):
-    main(overrides("evaluated", "eval={interval: 6, blocks: 5, seq_lens: [64]}", "generate.interval=9"))
+def test_evaluation_and_generation_leave_the_run_as_it_is(whole, overrides, tmp_path, capsys):
+    capsys.readouterr()
+    generate = "generate={interval: 9, prompts: ['The water', 'La luce'], max_new_tokens: 3}"
+    main(overrides("evaluated", "eval={interval: 6, blocks: 5, seq_lens: [64]}", generate))
+    said = capsys.readouterr().err
+    for step in (9, 18, 27):
+        assert f"step {step}: 'The water' → " in said
+        assert f"step {step}: 'La luce' → " in said
     assert steps_of(tmp_path / "evaluated") == steps_of(whole)
     assert same(weights_of(tmp_path / "evaluated", 30), weights_of(whole, 30))
     lines = [json.loads(line) for line in (tmp_path / "evaluated" / "metrics.jsonl").read_text().splitlines()]
@@ -105,6 +111,25 @@ def test_evaluation_and_generation_leave_the_run_as_it_is(whole, overrides, tmp_
     for stream in ("en_cosmopedia", "it_culturax", "it_instructions"):
         loss, perplexity = (last[f"metrics/eval/{stream}/64/{name}"] for name in ("loss", "perplexity"))
         assert perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+    assert all(0 < line["data/wait_share"] < 1 for line in lines)
+    assert all(line["throughput/tokens_per_sec"] > 0 for line in lines[10:])
+
+
+def test_mode_tokens_keeps_the_tokens_of_a_step(overrides, tmp_path):
+    main(overrides("run", "curriculum.mode=tokens", "device_train_microbatch_tokens=256", "max_duration=18ba"))
+    lines = steps_of(tmp_path / "run")
+    assert [line["seq_len"] for line in lines] == [32] * 8 + [64] * 8 + [128] * 2
+    assert {line["tokens"] for line in lines} == {16 * 128}
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["trainer/device_train_microbatch_size"] for line in metrics] == [8] * 8 + [4] * 8 + [2] * 2
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(overrides, tmp_path):
+    config = ["model.attention_dropout=0.0", "max_duration=10ba"]
+    main(overrides("plain", *config))
+    main(overrides("checkpointed", *config, "activation_checkpointing=true"))
+    for ours, theirs in zip(steps_of(tmp_path / "checkpointed"), steps_of(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
 def test_microbatches_change_the_loss_by_float_error_only(overrides, tmp_path):
