@@ -43,6 +43,9 @@ def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special
         raise Unequal(reason)
     pattern = _pattern(spec)
     made = _made(model)
+    whole = model["vocab"].keys() - made.keys() - plain.keys() - special if model.get("ignore_merges") else ()
+    if whole:  # such a model takes any entry as it stands, tiktoken only those with a rank
+        raise Unequal(f"token {min(whole)!r} is taken whole, though no merge makes it")
     if loaded is not None:
         _prove(model, made, loaded)
     character_bytes = {ord(character): byte for byte, character in byte_characters().items()}

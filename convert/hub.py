@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from chimera.cli import UserError, one_line, say
-from convert.reading import Position, Row, Span, columns_as_rows, is_jsonl, jsonl_rows
+from convert.reading import Position, Row, Span, bounded, columns_as_rows, is_jsonl, jsonl_rows
 from convert.settings import SourceSettings
 from convert.shards import Json
 from convert.sources import CannotOpen, check_columns
@@ -22,7 +22,7 @@ from convert.sources import CannotOpen, check_columns
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 OPENING = 4  # attempts at most before a source that never answered is passed over
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
-_BATCH_ROWS = 256
+_BATCH_ROWS = 16
 
 Result = TypeVar("Result")
 
@@ -71,21 +71,22 @@ def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
         with HfFileSystem().open(span.file, "rb") as file:
             yield from jsonl_rows(span, start, file)
         return
-    number, skip = start.number, start.number
-    stream = _stream(span.file, column)
+    number = start.number
+    stream = _stream(span.file, [column] if column else None)
     names = check_columns(span.file, list(stream.column_names), column) if stream.column_names else None
-    for table in stream.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-        if skip >= table.num_rows:
-            skip -= table.num_rows
-            continue
-        for batch in table.select(names or table.column_names).slice(skip).to_batches():
+
+    def tables(batch_size: int) -> Iterator[Any]:
+        known = stream if column and batch_size == _BATCH_ROWS else _stream(span.file, names, batch_size)
+        yield from known.with_format("arrow").iter(batch_size=batch_size)
+
+    for table in bounded(tables, _BATCH_ROWS, start.number):
+        for batch in table.select(names or table.column_names).to_batches():
             for value in columns_as_rows(batch):
                 yield Row(value, value, number, 0.0, Position(number + 1))
                 number += 1
-        skip = 0
 
 
-def _stream(file: str, column: str | None) -> Any:
+def _stream(file: str, columns: list[str] | None, batch_size: int = _BATCH_ROWS) -> Any:
     module = _module(file)
     options: Json = {}
     if module == "parquet":
@@ -94,9 +95,9 @@ def _stream(file: str, column: str | None) -> Any:
         options["fragment_scan_options"] = ds.ParquetFragmentScanOptions(
             use_buffered_stream=True, buffer_size=8 << 20, pre_buffer=False
         )
-        options["batch_size"] = _BATCH_ROWS
-        if column:
-            options["columns"] = [column]
+        options["batch_size"] = batch_size
+        if columns:
+            options["columns"] = columns
     return _library().load_dataset(module, data_files=[file], split="train", streaming=True, **options)
 
 

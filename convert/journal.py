@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chimera.cli import UserError
 from convert.shards import Array, Json, file_of, write_file
 
 SPLITS = ("train", "eval")
@@ -44,7 +45,7 @@ class PartState:
     filtered: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     reject_bytes: int = 0
-    lines: list[int] = field(default_factory=list)  # physical lines (rows) of each finished span
+    lines: list[int] = field(default_factory=list)  # physical lines (rows) passed in each span so far
     max_token_id: int = -1
     splits: dict[str, SplitState] = field(default_factory=lambda: {name: SplitState() for name in SPLITS})
 
@@ -87,6 +88,8 @@ def clean(folder: Path, state: PartState) -> None:
             if file.name.removesuffix(SENT) not in known:
                 file.unlink()
     with open(folder / "rejects.jsonl", "ab") as out:
+        if out.tell() < state.reject_bytes:
+            raise UserError(f"{out.name} is shorter than it was: remove {folder} and run the same command again")
         out.truncate(state.reject_bytes)
 
 

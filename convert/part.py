@@ -4,6 +4,7 @@ Everything a part writes follows from its spans, the settings and the tokenizer:
 blocks, the eval split is chosen by content, and `max_tokens` cuts behind the document that reaches it.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,8 +128,9 @@ class _Part:
                 found = (
                     row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
                 )
-                if not isinstance(found, Dropped):
-                    row.value = row.raw = None
+                # short, where the row may be long
+                row.raw = self._reject_line(index, row, found) if isinstance(found, Dropped) else None
+                row.value = None
                 yield index, row, found
             start = Position()
 
@@ -143,7 +145,7 @@ class _Part:
                 continue
             state.read += 1
             if isinstance(found, Dropped):
-                self._drop(span, row, found)
+                self._drop(row, found)
                 continue
             ids, mask = next(encoded)
             if len(ids) - 1 < self.plan.settings.min_tokens:
@@ -167,19 +169,25 @@ class _Part:
         self.state.lines[span] = row.after.number
         self.state.bytes += row.size
 
-    def _drop(self, span: int, row: Row, dropped: Dropped) -> None:
+    def _drop(self, row: Row, dropped: Dropped) -> None:
         counts = self.state.filtered if dropped.kind == "filtered" else self.state.rejected
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
-        if dropped.kind == "rejected":
-            file = self.part.spans[span].file
-            line = reject_line(file, "line" if is_jsonl(file) else "row", row.number, dropped.reason, row.raw)
-            # the span's place goes along: lines of a range are counted from its start until all parts are known
-            self.rejects.write(b"%d " % span + line)
+        if isinstance(row.raw, bytes):
+            self.rejects.write(row.raw)
+
+    def _reject_line(self, span: int, row: Row, dropped: Dropped) -> bytes | None:
+        if dropped.kind == "filtered":
+            return None
+        file = self.part.spans[span].file
+        line = reject_line(file, "line" if is_jsonl(file) else "row", row.number, dropped.reason, row.raw)
+        # the span's place goes along: lines of a range are counted from its start until all parts are known
+        return b"%d " % span + line
 
     def _commit(self) -> None:
         for split in self.splits.values():
             split.write()
         self.rejects.flush()
+        os.fsync(self.rejects.fileno())  # the state says how much of it counts
         self.state.reject_bytes = self.rejects.tell()
         arrays = {f"{n}.{k}": v for n, split in self.splits.items() for k, v in split.arrays().items()}
         journal.save(self.folder, self.state, arrays)
@@ -203,12 +211,16 @@ def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
     characters = 0
     for item in found:
         batch.append(item)
-        characters += len(item[2].content) if isinstance(item[2], Document) else 1
+        characters += len(item[2].content) if isinstance(item[2], Document) else _size(item[1].raw)
         if characters >= BATCH_CHARS or len(batch) >= BATCH_ROWS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _size(reject: object) -> int:
+    return len(reject) if isinstance(reject, bytes) else 1
 
 
 class _Split:

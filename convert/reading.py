@@ -4,11 +4,12 @@ JSONL is cut at newline bytes and read here, not by a library, so that one bad l
 yields rows with the position behind them: starting again there gives the rows that follow, none lost or repeated.
 """
 
+import functools
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,7 +17,9 @@ from chimera.cli import UserError
 from convert.documents import Dropped, parse_line
 
 LONGEST_LINE = 101 << 20  # bytes; a longer line is rejected unread, so that a worker stays below 1 GiB
-_BATCH_BYTES = 1 << 20  # of parquet text decoded at a time
+RAW_SHOWN = 1 << 20  # bytes of a rejected row that its reject line shows
+_BATCH_BYTES, _BATCH_ROWS = 1 << 20, 64  # of parquet text decoded at a time
+LARGE_BATCH = 16 << 20  # bytes of a batch after which rows are read one by one
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 
 
@@ -94,18 +97,35 @@ def _parquet_rows(span: Span, column: str | None, start: Position) -> Iterator[R
             if passed + in_group <= start.number:
                 passed += in_group
                 continue
-            size = max(1, meta.row_group(group).total_byte_size // max(1, in_group))
-            batches = file.iter_batches(
-                batch_size=max(1, min(1024, _BATCH_BYTES // size)),
-                row_groups=[group],
-                columns=columns,
-                use_threads=False,
-            )
-            for batch in batches:
-                skip = min(max(0, start.number - passed), batch.num_rows)
-                for number, value in enumerate(columns_as_rows(batch.slice(skip)), passed + skip):
+            read = functools.partial(file.iter_batches, row_groups=[group], columns=columns, use_threads=False)
+            encoded = meta.row_group(group).total_byte_size // max(1, in_group)
+            begun = next(iter(read(batch_size=1)), None)  # its real size: a dictionary hides that of equal values
+            size = max(1, encoded, begun.nbytes if begun else 0)
+            number = max(start.number, passed)
+            for batch in bounded(read, max(1, min(_BATCH_ROWS, _BATCH_BYTES // size)), number - passed):
+                for value in columns_as_rows(batch):
                     yield Row(value, value, first + number, share, Position(number + 1))
-                passed += batch.num_rows
+                    number += 1
+            passed += in_group
+
+
+def bounded(read: Callable[..., Iterator[Any]], rows: int, skip: int) -> Iterator[Any]:
+    """Batches (Arrow) of `rows` rows from row `skip` on; once one of them is large, batches of one row.
+
+    `read(batch_size=n)` gives them from the start.
+    """
+    for size in dict.fromkeys((rows, 1)):
+        begin = 0
+        for batch in read(batch_size=size):
+            end = begin + batch.num_rows
+            if end > skip:
+                yield batch.slice(skip - begin) if skip > begin else batch
+                skip = end
+            begin = end
+            if size > 1 and batch.nbytes > LARGE_BATCH:
+                break
+        else:
+            return
 
 
 def columns_as_rows(batch: Any) -> Iterator[object]:
@@ -228,11 +248,16 @@ class _Zstd(io.RawIOBase):
 
 
 def reject_line(file: str, key: str, number: int, reason: str, raw: object) -> bytes:
-    """One line of a reject file; bytes that are not UTF-8 stand as `\\udcXX` escapes (Python's surrogateescape)."""
+    """One line of a reject file; bytes that are not UTF-8 stand as `\\udcXX` escapes (Python's surrogateescape).
+
+    Of a row longer than `RAW_SHOWN` only the beginning is shown, and `raw_length` says how long it is.
+    """
     if raw is not None and not isinstance(raw, bytes):
         raw = json.dumps(raw, default=_text, ensure_ascii=False)
-    text = raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else raw
-    return json.dumps({"file": file, key: number, "reason": reason, "raw": text}).encode() + b"\n"
+    entry = {"file": file, key: number, "reason": reason, "raw": raw[:RAW_SHOWN] if raw is not None else None}
+    if raw is not None and len(raw) > RAW_SHOWN:
+        entry["raw_length"] = len(raw)
+    return json.dumps(entry, default=_text).encode() + b"\n"
 
 
 def _text(value: object) -> str:

@@ -110,19 +110,20 @@ def changed_files(describe: Json) -> list[str]:
 
 def _expand(patterns: list[str]) -> list[str]:
     """The files of paths and globs in the order given, a glob's sorted, each file once."""
-    files: dict[str, None] = {}
+    files: dict[str, str] = {}  # by their real path: one file may be reached in several ways
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [file for file in found if os.path.isfile(file)]
         if not found:
             raise CannotOpen(f"no file at {pattern}")
-        files.update(dict.fromkeys(found))
-    for file in files:
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
+    for file in files.values():
         if not file.endswith(FILE_KINDS):
             raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(FILE_KINDS)})")
         if not os.access(file, os.R_OK):
             raise CannotOpen(f"no permission to read {file}")
-    return list(files)
+    return list(files.values())
 
 
 def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, part_bytes: int) -> list[Span]:

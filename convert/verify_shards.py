@@ -7,6 +7,7 @@ Exits with 1 when something is wrong, and with 2 when it cannot tell (no manifes
 
 import argparse
 import hashlib
+import io
 import json
 import re
 import sys
@@ -222,8 +223,7 @@ def _rows(root: Root, name: str, stream: Json) -> list[str]:
     file = f"rejects/{name}.jsonl.zst"
     try:
         with zstandard.ZstdDecompressor().stream_reader(root.read(file), read_across_frames=True) as reader:
-            lines = reader.read().splitlines()
-        reasons = Counter(json.loads(line)["reason"] for line in lines)
+            reasons = Counter(json.loads(line)["reason"] for line in io.BufferedReader(reader))
     except (Bad, zstandard.ZstdError, ValueError, KeyError) as error:
         return [*problems, str(error) if isinstance(error, Bad) else f"{file}: damaged: {one_line(error)}"]
     return problems + (

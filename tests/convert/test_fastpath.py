@@ -154,6 +154,13 @@ def swapped_ids() -> dict[str, Any]:
     return changed(model=found)
 
 
+def whole_entry(token: str) -> dict[str, Any]:
+    """A model that takes whole entries, with one that no merge makes."""
+    found = json.loads(spec())["model"]
+    found["vocab"][token] = len(found["vocab"])
+    return changed(model={**found, "ignore_merges": True})
+
+
 SLOW = {
     "normalizer": (changed(normalizer={"type": "NFC"}), "NFC"),
     "prefix space": (
@@ -172,6 +179,7 @@ SLOW = {
         ),
         "does not yield",
     ),
+    "taken whole, though never merged": (whole_entry("xqz"), "though no merge makes it"),
     "flags": (with_added("dare", single_word=True), "single_word"),
     "words inside a special token": (with_added("endoftext"), "overlaps"),
     "words after a special token": (with_added("|>dopo"), "overlaps"),

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
 
 from tests.convert import builds
 
@@ -42,13 +44,48 @@ def test_a_line_of_100_mb_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
         tmp_path, tmp_path / "out", block_len=1024, shard_bytes=32 << 20, part_bytes=64 << 20, workers=1
     )
     settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/in.jsonl"]}]}}
-    (tmp_path / "shards.yaml").write_text(json.dumps(settings))
+    assert peak(settings, tmp_path) < GIB
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]
+    assert manifest["rows"]["documents"] == 3
+
+
+def peak(settings: dict[str, Any], folder: Path) -> int:
+    """Bytes a build takes: of the builder and its worker, whichever took more."""
+    (folder / "shards.yaml").write_text(json.dumps(settings))
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    command = [sys.executable, f"{builds.ROOT}/convert/build_shards.py", str(tmp_path / "shards.yaml")]
-    found = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=True)
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]
-    assert manifest["rows"]["documents"] == 3
-    assert int(found.stdout) * 1024 < GIB  # of the builder and its worker, whichever took more
+    command = [sys.executable, f"{builds.ROOT}/convert/build_shards.py", str(folder / "shards.yaml")]
+    found = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return int(found.stdout) * 1024
+
+
+@pytest.mark.parametrize("kind", ["one line of 100 MB", "lines of 1 MB", "equal values of 1 MB"])
+def test_rejected_rows_of_any_size_take_less_than_a_gibibyte(tmp_path: Path, kind: str) -> None:
+    good, mega = {"text": builds.PROSE}, "perché no? \0" * 80_000
+    if kind == "equal values of 1 MB":  # which parquet stores once
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = tmp_path / "in.parquet"
+        pq.write_table(pa.table({"text": [builds.PROSE] + [mega] * 700}), file, row_group_size=2000)
+        rejected = {"nul": 700}
+    else:
+        file = tmp_path / "in.jsonl"
+        count, line = (1, b"\x01\xff" * 50_000_000) if kind == "one line of 100 MB" else (1000, b"{" + b"x" * 1_000_000)
+        with open(file, "wb") as out:
+            out.write(builds.jsonl([good]))
+            out.writelines(line + b"\n" for _ in range(count))
+        rejected = {"invalid_utf8" if count == 1 else "unparseable": count}
+    settings = builds.config(tmp_path, tmp_path / "out", part_bytes=2 << 30, workers=1, eval_fraction=0)
+    settings["streams"] = {"s": {"sources": [{"files": [str(file)]}]}}
+    assert peak(settings, tmp_path) < 0.6 * GIB
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
+    assert (rows["documents"], rows["rejected"]) == (1, rejected)
+    with zstandard.open(tmp_path / "out" / "rejects" / "s.jsonl.zst", "rt") as lines:
+        first = json.loads(next(iter(lines)))
+    assert len(first["raw"]) <= 1 << 20
+    if kind == "one line of 100 MB":
+        assert first["raw_length"] == 100_000_000

@@ -72,6 +72,26 @@ def test_parquet_starts_again_behind_any_row_and_one_bad_text_costs_one_row(tmp_
     assert [row.number for row in rows_of_file(second, "text", Position())] == list(range(20, 40))
 
 
+def test_equal_large_values_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet stores them once, so that their row group looks small; large ones may also follow on small ones."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(reading, "LARGE_BATCH", 1 << 20)
+    seen: list[int] = []
+    real = reading.columns_as_rows
+    monkeypatch.setattr(reading, "columns_as_rows", lambda batch: (seen.append(batch.nbytes), real(batch))[1])
+    texts = ["small"] * 100 + ["x" * 100_000] * 200
+    for name, column in (("a", texts[100:]), ("b", texts)):
+        seen.clear()
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{name}.parquet")
+        span = Span("parquet", str(tmp_path / f"{name}.parquet"), 0, None, 1000)
+        rows = list(rows_of_file(span, "text", Position()))
+        assert [row.value for row in rows] == [{"text": text.encode()} for text in column]
+        assert sum(size > 1_200_000 for size in seen) <= 1
+        assert max(seen) < 64 * 110_000
+
+
 def test_a_line_too_long_for_memory_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LONGEST_LINE", 100)
     file = tmp_path / "a.jsonl"
