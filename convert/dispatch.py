@@ -43,17 +43,29 @@ class StreamRun:
         """Train tokens the parts after the accepted ones may add; `None`: any number."""
         return None if self._budget is None else max(0, self._budget - self._tokens)
 
-    def next_task(self) -> Task | None:
-        """A part to start now, or `None`."""
-        first = len(self.accepted)
-        if self.finished:
+    def urgency(self) -> int | None:
+        """How little the next part of this stream can wait (0: least of all), or `None` when none is to be started.
+
+        A stream's first part is wanted for certain, and so are all where no limit is set; of a limited stream the
+        parts ahead may turn out to be too many, the more so the more of them run.
+        """
+        index = self._next()
+        if index is None:
             return None
+        return 0 if index == len(self.accepted) else 1 if self._budget is None else 1 + len(self._running)
+
+    def next_task(self) -> Task:
+        """The next part, from now on running."""
+        index = self._next()
+        assert index is not None
+        self._running.add(index)
+        return Task(self.plan.name, index, self._left)
+
+    def _next(self) -> int | None:
+        first = len(self.accepted)
         last = len(self.plan.parts) if self._ahead or self._budget is None else first + 1
-        for index in range(first, last):
-            if index not in self._done and index not in self._running:
-                self._running.add(index)
-                return Task(self.plan.name, index, self._left)
-        return None
+        wanted = range(first, 0 if self.finished else last)
+        return next((i for i in wanted if i not in self._done and i not in self._running), None)
 
     def done(self, index: int) -> None:
         self._running.discard(index)
@@ -78,7 +90,7 @@ class Dispatcher:
 
     def __init__(self, streams: dict[str, StreamPlan], work: Path, ahead: bool, stall_after: float) -> None:
         self.runs = {name: StreamRun(plan, work, ahead) for name, plan in streams.items()}
-        self._stall_after, self._work = stall_after, work
+        self._stall_after = stall_after
         self._heard: dict[Task, float] = {}  # running tasks, when each last moved
         self._losses: dict[tuple[str, int], int] = {}
 
@@ -102,13 +114,13 @@ class Dispatcher:
         return {name: run.accepted for name, run in self.runs.items()}
 
     def _fill(self, engine: Engine) -> None:
-        for run in self.runs.values():
-            while len(self._heard) < engine.slots:
-                task = run.next_task()
-                if task is None:
-                    break
-                engine.start(task)
-                self._heard[task] = time.monotonic()
+        while len(self._heard) < engine.slots:
+            waiting = [(urgency, run) for run in self.runs.values() if (urgency := run.urgency()) is not None]
+            if not waiting:
+                return
+            task = min(waiting, key=lambda found: found[0])[1].next_task()
+            engine.start(task)
+            self._heard[task] = time.monotonic()
 
     def _handle(self, engine: Engine, event: Event) -> None:
         task, run = event.task, self.runs[event.task.stream]
