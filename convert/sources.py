@@ -168,11 +168,12 @@ def check_columns(where: str, names: list[str], column: str | None) -> list[str]
 def _group(spans: list[Span], part_bytes: int) -> list[Part]:
     """Neighbouring spans joined to as few parts of about `part_bytes` of text as hold them, all about as large."""
     weights = [span.bytes * (_PACKED if span.file.endswith((".gz", ".zst")) else 1) for span in spans]
-    share = max(1, sum(weights)) / max(1, -(-sum(weights) // part_bytes))
+    total = max(1, sum(weights))
+    count = -(-total // part_bytes)
     parts: list[list[Span]] = []
     number, before = -1, 0
     for span, weight in zip(spans, weights, strict=True):
-        middle = int((before + weight / 2) // share)  # the share that most of the span lies in
+        middle = min(count - 1, (2 * before + weight) * count // (2 * total))  # the part the span's middle lies in
         before += weight
         if middle != number:
             parts.append([span])

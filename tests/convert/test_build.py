@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chimera.cli import UserError
 from convert.documents import Document
 from convert.encoding import Encoder
+from convert.reading import Span
 from convert.settings import TokenizerSettings
+from convert.sources import _group
 from tests.convert import builds
 
 
@@ -214,3 +218,16 @@ def test_a_cut_off_file_stops_the_build_by_name(sources: Path, tmp_path: Path, n
     with pytest.raises(UserError, match=f"{name} cannot be read to its end"):
         builds.build_here(settings)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@given(st.lists(st.integers(0, 50), max_size=200), st.integers(50, 300))
+def test_parts_hold_every_span_in_order_and_are_about_equal(sizes, part_bytes):
+    spans = [Span("parquet", f"{i // 3}.parquet", i, i + 1, size) for i, size in enumerate(sizes)]
+    parts = [[(s.file, s.begin, s.end, s.bytes) for s in part.spans] for part in _group(spans, part_bytes)]
+    held = [(file, group) for part in parts for file, begin, end, _ in part for group in range(begin, end)]
+    assert held == [(span.file, span.begin) for span in spans]
+    weights = [sum(size for *_, size in part) for part in parts]
+    assert sum(weights) == sum(sizes)
+    assert len(parts) <= max(1, -(-sum(sizes) // part_bytes))
+    assert max(weights, default=0) <= part_bytes + 50
+    assert max(weights, default=0) - min(weights, default=0) <= 100
