@@ -1,8 +1,8 @@
-"""Checkpoints: save them whole, find the newest complete one, keep the last few.
+"""Checkpoints: save them whole, keep the last few.
 
 Composer writes the files and names (`ep…-ba…-rank….pt`, `latest-rank0.pt`). Here is what a preemptible machine
-needs on top: a damaged file is passed over, a full disk is one clear error, SIGTERM saves within the step, a
-second run on the same folder is refused, and random state is restored in mid-epoch.
+needs on top: a full disk is one clear error, SIGTERM saves within the step, a second run on the same folder is
+refused, and random state is restored in mid-epoch.
 """
 
 import fcntl
@@ -11,8 +11,6 @@ import re
 import signal
 import time
 import warnings
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,107 +21,14 @@ from composer.core import Event
 from composer.utils import dist, reproducibility
 
 from chimera.cli import UserError, say
-from train.settings import TrainSettings
+from train.run_store import RunStore
+from train.start import damage_of, find_checkpoints
 
-NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 PREEMPTED = 143  # exit code: 128 + SIGTERM
-RUN_FILES = ("steps.jsonl", "metrics.jsonl", "starts.jsonl", "config.json")  # beside the checkpoints
 
 
 class StopRequested(Exception):
     """The run was asked to stop and has saved; the process exits with `PREEMPTED`."""
-
-
-def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """All checkpoints of a local folder as (step, path), newest first; a name says nothing about being whole."""
-    paths = folder.iterdir() if folder.is_dir() else []
-    return sorted([(int(match[2]), path) for path in paths if (match := NAME.fullmatch(path.name))], reverse=True)
-
-
-def newest_complete(folder: Path) -> tuple[int, Path] | None:
-    """The newest checkpoint that can be read to its last byte; damaged ones are passed over with a warning."""
-    for step, path in find_checkpoints(folder):
-        if damage := damage_of(path):
-            say(f"warning: checkpoint {path} is damaged ({damage}) and passed over")
-        else:
-            return step, path
-    return None
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts: at `step`, from the checkpoint `path` (None: from nothing)."""
-
-    step: int
-    path: str | None
-
-
-def choose_start(settings: TrainSettings, folder: Path) -> Start:
-    """The checkpoint the settings ask for; raises `UserError` where that is not safe.
-
-    Args:
-        folder: local folder; checkpoints of a remote `save_folder` are fetched into it.
-    """
-    start = Start(0, None)
-    if settings.autoresume:
-        remote = "://" in settings.save_folder
-        newest = _newest_remote(settings.save_folder, folder) if remote else newest_complete(folder)
-        if newest is not None:
-            start = Start(newest[0], str(newest[1]))
-    elif find_checkpoints(folder) and settings.load_path is None:
-        raise UserError(
-            f"save_folder {settings.save_folder} holds the checkpoints of an earlier run: `autoresume=true` goes on "
-            "from the newest, another `run_name` starts anew"
-        )
-    if start.path is None and settings.load_path is not None:
-        name = NAME.search(settings.load_path)
-        if "://" not in settings.load_path and (damage := damage_of(Path(settings.load_path))):
-            raise UserError(f"setting `load_path`: checkpoint {settings.load_path} cannot be read: {damage}")
-        start = Start(int(name[2]) if name else settings.min_start_step, settings.load_path)
-    if start.step < settings.min_start_step:
-        found = f"the newest complete one is at step {start.step}" if start.path else "there is none"
-        raise UserError(
-            f"this config starts at step {settings.min_start_step} or later, from a checkpoint in "
-            f"{settings.save_folder}, but {found}: run the phase before first"
-        )
-    return start
-
-
-def _newest_remote(uri: str, folder: Path) -> tuple[int, Path] | None:
-    """The newest complete checkpoint of an object store, fetched into `folder` with the run's own files."""
-    store, prefix = _object_store(uri)
-    names = store.list_objects(prefix or None)
-    for file in RUN_FILES:
-        if prefix + file in names and not (folder / file).exists():  # another machine than before
-            store.download_object(prefix + file, folder / file)
-    found = sorted([(int(m[2]), n) for n in names if (m := NAME.search(n))], reverse=True)
-    for step, name in found:
-        path = folder / Path(name).name
-        if not path.exists() or damage_of(path):
-            store.download_object(name, path, overwrite=True)
-        if damage := damage_of(path):
-            say(f"warning: checkpoint {name} of {uri} is damaged ({damage}) and passed over")
-        else:
-            return step, path
-    return None
-
-
-def _object_store(uri: str) -> tuple[Any, str]:
-    """Composer's store for `s3://bucket/prefix` and the like, and `prefix/` (empty for a whole bucket)."""
-    from composer.utils import maybe_create_object_store_from_uri, parse_uri
-
-    prefix = parse_uri(uri)[2].rstrip("/")
-    return maybe_create_object_store_from_uri(uri), f"{prefix}/" if prefix else ""
-
-
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, None if nothing: its zip directory and every checksum are read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            return f"checksum of {broken}" if broken else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        return str(error)
 
 
 class Checkpoints(CheckpointSaver):
@@ -167,7 +72,7 @@ class Checkpoints(CheckpointSaver):
         step = state.timestamp.batch.value
         if dist.get_global_rank() == 0 and self.remote_uploader is None:
             older = [(s, p) for s, p in find_checkpoints(Path(self.folder)) if s <= step]
-            self.saved_checkpoints = [str(path) for _, path in reversed(older)]
+            self.saved_checkpoints = [path for _, path in reversed(older)]
         for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask_to_stop)
 
@@ -201,10 +106,7 @@ class Checkpoints(CheckpointSaver):
         try:
             super()._save_checkpoint(state, logger)
             if self.remote_uploader is not None and dist.get_global_rank() == 0:
-                store, prefix = _object_store(self.uri)
-                for file in RUN_FILES:
-                    if (self.run_folder / file).exists():
-                        store.upload_object(prefix + file, self.run_folder / file)
+                RunStore(self.uri).push_files(self.run_folder)
         except (OSError, RuntimeError) as error:
             if not path.exists() or damage_of(path) is None:
                 raise

@@ -10,7 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +49,8 @@ def main(argv: Sequence[str]) -> int:
     plan = plan_of(settings, shards.block_len)
     shards.check(plan.streams)
     shards.check_tokenizer(settings.tokenizer)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    plan.check_ranks(world)
-    return train(settings, config, shards, plan)
+    with ExitStack() as held:
+        return train(settings, config, shards, plan, held)
 
 
 def open_root(settings: TrainSettings) -> "Shards":
@@ -64,31 +65,48 @@ def open_root(settings: TrainSettings) -> "Shards":
     return open_shards(settings.shards, settings.cache)
 
 
-def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan") -> int:
-    """Train to `max_duration`; returns the exit code."""
+def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan", held: ExitStack) -> int:
+    """Train to `max_duration`, with `held` holding the run's folder; returns the exit code."""
     from composer.utils import dist, get_device
 
-    from train.checkpoints import PREEMPTED, StopRequested, choose_start, duration, lock_folder, stop_with_parent
+    from train.checkpoints import PREEMPTED, StopRequested, duration, lock_folder, stop_with_parent
+    from train.ranks import together
+    from train.run_store import RunStore, run_folder
+    from train.start import Start, bring, choose_start, forget, on_this_node
 
     stop_with_parent()
     until = duration(settings.max_duration, plan.steps)
-    folder = local_folder(settings)
+    folder = run_folder(settings.run_name, settings.save_folder)
+    remote = "://" in settings.save_folder
     dist.initialize_dist(get_device(None), timeout=settings.dist_timeout)
     leader = dist.get_global_rank() == 0
 
-    def start_here() -> Any:
-        return lock_folder(folder), choose_start(settings, folder)
+    def decide() -> Start:
+        held.enter_context(lock_folder(folder))
+        held.callback(forget, folder)
+        return choose_start(settings, folder)
 
-    lock, start = leader_decides(start_here)
+    start: Start = together(decide if leader else None)[0]
     if start.path is not None and start.step >= until.value:
         if leader:
             say(f"finished: {start.path} is at step {start.step} of {until.value}; nothing to do")
         return 0
+    plan.check_ranks(dist.get_world_size(), start.step)
     if leader:
         say(f"starting at step {start.step} of {until.value}" + (f" from {start.path}" if start.path else ""))
+    load_path = None
+    if start.path is not None:
+        load_path = str(on_this_node(start.path, folder))
+        other_node = dist.get_local_rank() == 0 and not leader
+        if other_node:
+            held.callback(forget, folder)
+        together(partial(bring, start.path, folder) if other_node else None)
 
-    trainer = build_trainer(settings, config, shards, plan, folder, until, start.path)
+    trainer = build_trainer(settings, config, shards, plan, folder, until, load_path)
+    forget(folder)
     code, words = 0, f"done: {until.value} steps, checkpoints and steps.jsonl in {settings.save_folder}"
+    if remote:
+        words += f"; the report reads {folder}"
     try:
         trainer.fit()
     except StopRequested as stop:
@@ -102,27 +120,11 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan")
             ) from None
         raise
     trainer.close()
-    del lock
+    if leader and remote:
+        RunStore(settings.save_folder).push_files(folder)  # with what came after the last checkpoint
     if leader:
         say(words)
     return code
-
-
-def leader_decides(decide: Any) -> tuple[Any, Any]:
-    """Run `decide() -> (kept, shared)` on rank 0; all ranks get `shared`, or its `UserError`, and rank 0 `kept`."""
-    from composer.utils import dist
-
-    kept: Any = None
-    answer: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            kept, answer[0] = decide()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return kept, answer[0]
 
 
 def build_trainer(
@@ -140,21 +142,22 @@ def build_trainer(
     from composer.optim import DecoupledAdamW
     from composer.utils import dist, get_device
 
-    from train.callbacks import About, clipping, loggers, speed
+    from train.callbacks import About, ProgressLines, SetOptimizer, clipping, loggers, speed
     from train.checkpoints import Checkpoints, RestoreRandomState
     from train.collate import Marks
     from train.curriculum import Curriculum, MixtureLoader, count_samples, count_tokens, microbatch
     from train.evaluate import Generate, evaluators
     from train.mixture import MixtureDataset
-    from train.model import build_model, check_tokens
+    from train.model import build_model, check_parallelism, check_pretrained, check_tokens
     from train.monitor import Monitor
-    from train.schedulers import learning_rate
 
     device = get_device(None)
 
     # Model
     torch.manual_seed(settings.seed)  # the same weights on every rank and on every topology
     tokenizer = shards.tokenizer
+    check_parallelism(settings.parallelism)
+    check_pretrained(settings.model.get("pretrained"), tokenizer.path)
     model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     check_tokens(shards.streams, plan.streams, model.model.get_input_embeddings().num_embeddings)
 
@@ -190,8 +193,10 @@ def build_trainer(
         restore,
         Monitor(plan, folder, config),  # before Curriculum: it reads the batch as the loader gave it
         Curriculum(plan, marks, tokens_at_once),
+        SetOptimizer(settings, plan.steps),
         About(model, shards, settings),
         *speed(model, on_gpu),
+        *([] if sys.stderr.isatty() else [ProgressLines(until.value)]),
         *([Generate(settings.generate, shards)] if settings.generate.interval else []),
         Checkpoints(settings.save_folder, folder, settings.save_interval, settings.save_keep),
     ]
@@ -200,10 +205,9 @@ def build_trainer(
         model=model,
         train_dataloader=data,
         optimizers=optimizer,
-        schedulers=learning_rate(settings.scheduler, plan.steps),
         algorithms=clipping(options.clip_norm),
         max_duration=until,
-        eval_dataloader=evaluators(settings, shards, plan, marks) or None,
+        eval_dataloader=evaluators(settings, shards, plan, marks, tokens_at_once) or None,
         callbacks=callbacks,
         loggers=loggers(settings, folder),
         progress_bar=settings.progress_bar and sys.stderr.isatty(),
@@ -222,11 +226,6 @@ def build_trainer(
     restore.trainer = trainer
     record(settings, shards, folder, trainer)
     return trainer
-
-
-def local_folder(settings: TrainSettings) -> Path:
-    """Where this machine keeps the run's own files: the save folder, or for a remote one `runs/RUN_NAME`."""
-    return Path("runs", settings.run_name) if "://" in settings.save_folder else Path(settings.save_folder)
 
 
 def record(settings: TrainSettings, shards: "Shards", folder: Path, trainer: Any) -> None:

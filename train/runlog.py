@@ -159,7 +159,8 @@ def read_run(folder: Path) -> Run:
     """The run in a save folder; raises `UserError` where there is none that can be read."""
     if "://" in str(folder) or str(folder).startswith(("s3:/", "gs:/", "azure:/", "oci:/")):
         raise UserError(
-            f"{folder} is not a local folder: the files the report reads lie in runs/RUN_NAME on the machine of rank 0"
+            f"{folder} is not a local folder: the files the report reads lie on the machine of rank 0, in the folder "
+            "of runs/ that the run names at its end"
         )
     try:
         about = json.loads((folder / "config.json").read_bytes())

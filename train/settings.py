@@ -132,6 +132,31 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
         raise UserError(
             f"{path}: setting `device_train_microbatch_tokens` is {microbatch!r}; tokens as a whole number, or auto"
         )
+    least = {
+        "optimizer.lr": (settings.optimizer.lr, 0),
+        "optimizer.eps": (settings.optimizer.eps, 0),
+        "optimizer.weight_decay": (settings.optimizer.weight_decay, 0),
+        "scheduler.warmup_steps": (settings.scheduler.warmup_steps, 0),
+        "scheduler.decay_steps": (settings.scheduler.decay_steps, 0),
+        "seed": (settings.seed, 0),
+        "num_workers": (settings.num_workers, 0),
+        "predownload": (settings.predownload, 1),
+        "save_interval": (settings.save_interval, 0),
+        "eval.interval": (settings.eval.interval, 0),
+        "eval.blocks": (settings.eval.blocks, 1),
+        "generate.interval": (settings.generate.interval, 0),
+        "generate.max_new_tokens": (settings.generate.max_new_tokens, 1),
+    }
+    for key, (number, bound) in least.items():
+        if number < bound:
+            raise UserError(f"{path}: setting `{key}` is {number}; it is at least {bound}")
+    if settings.save_keep != -1 and settings.save_keep < 1:
+        raise UserError(f"{path}: setting `save_keep` is {settings.save_keep}; at least 1, or -1 for all")
+    betas = settings.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"{path}: setting `optimizer.betas` is {betas}; two numbers from 0 to below 1")
+    if settings.generate.interval and not all(settings.generate.prompts):
+        raise UserError(f"{path}: setting `generate.prompts` holds an empty one; a prompt has at least one character")
     settings.save_folder = settings.save_folder.replace("{run_name}", settings.run_name)
     return settings
 

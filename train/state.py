@@ -65,9 +65,7 @@ def history(plan: Plan, step: int) -> list[dict[str, Any]]:
 def resume_step(state: Any, plan: Plan, seed: int, fingerprints: Mapping[str, str]) -> int:
     """The step to go on at; raises `StateMismatch` unless `plan` has the history that `state` was saved with."""
     if not isinstance(state, dict) or "block_cursor" not in state:
-        raise StateMismatch(
-            "the checkpoint holds no state of this data (another dataset's?): start a new run, or load weights only"
-        )
+        raise StateMismatch("the checkpoint holds no state of this data (another dataset's?): start a new run")
     if state.get("version") != VERSION:
         raise StateMismatch(
             f"the checkpoint's data state is of version {state.get('version')}, this program reads {VERSION}: resume "

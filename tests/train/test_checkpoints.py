@@ -1,6 +1,7 @@
 """Which checkpoint a run starts from, and what is refused."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from chimera.cli import UserError
-from train.checkpoints import choose_start, damage_of, duration, find_checkpoints, lock_folder, newest_complete
-from train.settings import TrainSettings
+from train.checkpoints import duration, lock_folder
+from train.settings import TrainSettings, read_settings
+from train.start import Start, choose_start, damage_of, find_checkpoints
 
 
 def save(folder: Path, step: int, size: int = 50_000) -> Path:
@@ -45,10 +47,22 @@ def test_one_flipped_byte_is_damage(tmp_path):
     assert damage_of(path)
 
 
+def test_bytes_flipped_anywhere_are_damage_and_never_an_error(tmp_path):
+    dice, path = random.Random(5), save(tmp_path, 1, size=500)
+    whole = path.read_bytes()
+    for _ in range(400):
+        data = bytearray(whole)
+        # the directory at the end, whose flags make zipfile raise what is no error of its own, or anywhere
+        place = dice.randrange(dice.choice([0, len(data) - 900]), len(data))
+        data[place] ^= 1 << dice.randrange(8)
+        path.write_bytes(data)
+        assert damage_of(path) != ""  # the damage in words, or none: not every bit of a zip file counts
+
+
 def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path, capsys):
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
     bad.write_bytes(bad.read_bytes()[:5000])
-    assert newest_complete(tmp_path) == (10, good)
+    assert choose_start(settings_for(tmp_path, autoresume=True), tmp_path) == Start(10, str(good))
     assert "ep0-ba20-rank0.pt is damaged" in capsys.readouterr().err
     assert bad.exists()
 
@@ -61,6 +75,33 @@ def test_an_earlier_runs_folder_is_not_trained_over(tmp_path):
     save(tmp_path, 10)
     with pytest.raises(UserError, match="autoresume=true"):
         choose_start(settings_for(tmp_path), tmp_path)
+
+
+def test_no_start_leaves_later_checkpoints_behind(tmp_path):
+    old, new, elsewhere = save(tmp_path, 50), save(tmp_path, 100), tmp_path / "elsewhere"
+    with pytest.raises(UserError, match=r"up to step 100.*move the later checkpoints elsewhere"):
+        choose_start(settings_for(tmp_path, load_path=str(old)), tmp_path)
+    (tmp_path / "latest-rank0.pt").symlink_to(new.name)
+    for path in (new, tmp_path / "latest-rank0.pt"):
+        assert choose_start(settings_for(tmp_path, load_path=str(path)), tmp_path).step == 100
+    elsewhere.mkdir()
+    new.rename(elsewhere / new.name)
+    assert choose_start(settings_for(tmp_path, load_path=str(old)), tmp_path) == Start(50, str(old))
+
+
+def test_a_load_path_that_autoresume_passes_over_is_said(tmp_path, capsys):
+    old, new = save(tmp_path, 50), save(tmp_path, 100)
+    settings = settings_for(tmp_path, load_path=str(old), autoresume=True)
+    assert choose_start(settings, tmp_path) == Start(100, str(new))
+    assert "setting `load_path` is not used" in capsys.readouterr().err
+    empty = settings_for(tmp_path / "new", load_path=str(old), autoresume=True)
+    assert choose_start(empty, tmp_path / "new") == Start(50, str(old))
+
+
+@pytest.mark.parametrize("keep", [0, -2])
+def test_at_least_one_checkpoint_is_kept(keep):
+    with pytest.raises(UserError, match=f"`save_keep` is {keep}; at least 1, or -1 for all"):
+        read_settings(Path("yamls/demo/base.yaml"), [f"save_keep={keep}"])
 
 
 def test_a_later_phase_refuses_to_begin_before_its_step(tmp_path):

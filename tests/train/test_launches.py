@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import ROOT, steps_of
-from train.checkpoints import damage_of, find_checkpoints
 from train.main import main
+from train.start import damage_of, find_checkpoints
 
 COMPOSER = Path(sys.executable).parent / "composer"
 

@@ -1,9 +1,13 @@
 """A mix off its plan stops the run; steps.jsonl after a resume holds exactly the steps before it."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -53,6 +57,40 @@ def test_a_mix_off_by_a_block_stops_the_run(overrides, tmp_path, monkeypatch):
     for line in steps:
         total = sum(line["realised"].values())
         assert all(abs(line["realised"][name] - share * total) < 128 for name, share in shares.items())
+
+
+def test_what_the_end_evaluates_and_a_stop_leaves_is_written(overrides, tmp_path, capsys):
+    config = overrides("run", "eval={interval: 4, blocks: 2, seq_lens: [32]}")
+
+    def stop_at(step: int) -> None:
+        while not (tmp_path / "run/steps.jsonl").exists() or len(steps_of(tmp_path / "run")) <= step:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=stop_at, args=[6], daemon=True).start()
+    assert train(config) == 143
+    stopped = lines(tmp_path / "run/metrics.jsonl")
+    assert stopped == lines(tmp_path / "run/steps.jsonl") == list(range(len(stopped)))
+    assert train([*config, "max_duration=18ba"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(18))
+    evaluated = [line["step"] for line in metrics if "metrics/eval/it_culturax/32/loss" in line]
+    assert evaluated == [3, 7, 11, 15, 17]
+    assert all("loss/train/tokens" in line for line in metrics)
+
+
+def test_the_lines_of_a_run_without_a_checkpoint_are_kept_aside(tmp_path, capsys):
+    path, old = tmp_path / "steps.jsonl", tmp_path / "steps.jsonl.old"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    keep_steps(path, 0)
+    assert lines(old) == [0, 1]
+    assert not path.exists()
+    assert "the steps.jsonl of before is kept as steps.jsonl.old" in capsys.readouterr().err
+    path.write_text('{"step": 0}\n')
+    keep_steps(path, 0)
+    assert lines(old) == [0, 1], "a shorter one does not take its place"
+    assert lines(path) == []
 
 
 def lines(path: Path) -> list[int]:

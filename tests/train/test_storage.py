@@ -1,5 +1,6 @@
 """Where checkpoints go: a disk that fills up, and an object store."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from chimera.cli import UserError
 from tests.convert.s3_server import S3Server
 from tests.train.conftest import steps_of, weights_of
 from train.main import main
+from train.run_store import run_folder
 
 
 @pytest.fixture
@@ -61,13 +63,63 @@ def test_checkpoints_in_an_object_store_resume_past_a_damaged_one(overrides, tmp
     assert {"ep0-ba5-rank0.pt", "ep0-ba10-rank0.pt"} <= {path.name for path in stored.iterdir()}
     assert {"steps.jsonl", "config.json"} <= {path.name for path in stored.iterdir()}
 
+    with pytest.raises(UserError, match="s3://bucket/runs/a holds the checkpoints of an earlier run, up to step 10"):
+        main([*remote, "autoresume=false"])
+
     newest = stored / "ep0-ba10-rank0.pt"
     newest.write_bytes(newest.read_bytes()[:10_000])
     subprocess.run(["rm", "-rf", "runs"], check=True)  # another machine: nothing local is left
     main([*remote, "max_duration=20ba"])
-    assert "ep0-ba10-rank0.pt of s3://bucket/runs/a is damaged" in capsys.readouterr().err
-    assert steps_of(Path("runs/a")) == steps_of(tmp_path / "whole")
+    assert "s3://bucket/runs/a/ep0-ba10-rank0.pt is damaged" in capsys.readouterr().err
+    (local,) = Path("runs").iterdir()
+    assert local == run_folder("a", "s3://bucket/runs/a")
+    assert steps_of(local) == steps_of(tmp_path / "whole")
+    assert not list(local.glob("*.pt")) + list(local.glob(".fetched*")), "a fetched checkpoint does not stay"
+
+    branch = overrides("branch", "load_path=s3://bucket/runs/a/latest-rank0.pt", "min_start_step=20")
+    main([*branch, "max_duration=22ba"])
+    assert "starting at step 20 of 22 from s3://bucket/runs/a/latest-rank0.pt" in capsys.readouterr().err
+    assert [line["step"] for line in steps_of(tmp_path / "branch")] == [20, 21]
+    with pytest.raises(UserError, match=r"checkpoint s3://bucket/b/latest-rank0\.pt cannot be fetched"):
+        main(overrides("other", "load_path=s3://bucket/b/latest-rank0.pt"))
+    with pytest.raises(UserError, match="save_folder s3://nobody/a cannot be listed"):
+        main([*overrides("unused"), "save_folder=s3://nobody/a"])
+
     (tmp_path / "end").mkdir()
     (stored / "ep0-ba20-rank0.pt").rename(tmp_path / "end" / "ep0-ba20-rank0.pt")
     ours, theirs = weights_of(tmp_path / "end", 20), weights_of(tmp_path / "whole", 20)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.usefixtures("s3")
+def test_runs_of_one_name_in_two_stores_share_nothing(overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = [*overrides("unused"), "run_name=a"]
+    main([*config, "save_folder=s3://bucket/one", "max_duration=5ba"])
+    main([*config, "save_folder=s3://bucket/two", "seed=18", "max_duration=5ba"])
+    one, two = (steps_of(run_folder("a", f"s3://bucket/{name}")) for name in ("one", "two"))
+    assert (len(one), len(two)) == (5, 5)
+    assert not {line["digest"] for line in one} & {line["digest"] for line in two}
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_run_that_goes_back_to_a_machine_finds_what_the_other_added(overrides, tmp_path, monkeypatch, capsys):
+    main(overrides("whole", "max_duration=15ba"))
+    remote = [*overrides("unused"), "save_folder=s3://bucket/a", "run_name=a"]
+    for machine, until in (("first", 5), ("second", 10), ("first", 15)):
+        (tmp_path / machine).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / machine)
+        main([*remote, f"max_duration={until}ba", "eval={interval: 4, blocks: 2}"])
+    said = capsys.readouterr().err
+    assert "warning" not in said
+    local = run_folder("a", "s3://bucket/a")
+    assert f"the report reads {local}" in said
+    assert steps_of(local) == steps_of(tmp_path / "whole")
+    starts = [json.loads(line)["from_step"] for line in (local / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, 5, 10]
+    metrics = [json.loads(line) for line in (local / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(15))
+    evaluated = [line["step"] for line in metrics if "metrics/eval/it_culturax/32/loss" in line]
+    assert evaluated == [3, 4, 7, 9, 11, 14], "also those at the end of each start"
+    for file in ("steps.jsonl", "metrics.jsonl", "starts.jsonl"):
+        assert (tmp_path / "s3/bucket/a" / file).read_bytes() == (local / file).read_bytes()
