@@ -166,6 +166,11 @@ class StoreOutput:
         """Objects cannot be removed on every store, so an older build must go before a new one of another shape."""
         if self._store.get("manifest.json") is not None:
             raise UserError(f"remove the objects below {self.name} before it is built anew")
+        for key in (f"{name}/{split}/index.json" for name in streams for split in SPLITS):
+            if not rebuild and self._store.get(key) is not None:
+                raise UserError(
+                    f"{self.name}/{key} is not of this build: choose another `output` or set `rebuild=true`"
+                )
 
     @property
     def can_discard(self) -> bool:

@@ -6,7 +6,7 @@ revision, and a rerun with other settings, another tokenizer or changed files is
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from convert.outputs import Output
 from convert.reading import Position
 from convert.settings import BuildSettings, StreamSettings, differences, identity, stream_name
 from convert.shards import Json, write_file
-from convert.sources import Opened, changed_files, open_source, rows
+from convert.sources import Opened, added_files, changed_files, open_source, rows
 
 SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agree with the slow one
 SAMPLE_CHARS = 1 << 20
@@ -103,8 +103,11 @@ def changes(old: Json, settings: BuildSettings, digest: str) -> list[str]:
     found = differences(old["settings"], identity(settings))
     if old["tokenizer"]["digest"] != digest:
         found.append(f"tokenizer: {old['tokenizer']['digest'][:12]} -> {digest[:12]}")
-    for stream in old["streams"].values():
-        found += [f"the size of {file}" for file in changed_files(stream["source"]["describe"])]
+    for name, stream in old["streams"].items():
+        source = stream["source"]
+        found += [f"the size of {file}" for file in changed_files(source["describe"])]
+        now = settings.streams[name].sources[source["index"]] if not found else None
+        found += [f"streams.{name} has {file} now" for file in (added_files(source["describe"], now) if now else ())]
     return found
 
 
@@ -130,7 +133,7 @@ def _plan_stream(name: str, settings: BuildSettings) -> Json:
     stream = settings.streams[name]
     opened = open_source(name, stream, settings)
     encoder = Encoder.from_settings(settings.tokenizer)
-    encoder.verify_sample(list(_sample(stream, opened, encoder, settings.retries)))
+    encoder.verify_sample(list(_sample(f"streams.{name}", stream, opened, encoder, settings.retries)))
     say(f"{name}: encoder {encoder.path} ({encoder.reason})")
     return {
         "source": {"index": opened.index, "describe": opened.describe, "passed_over": opened.passed_over},
@@ -140,22 +143,36 @@ def _plan_stream(name: str, settings: BuildSettings) -> Json:
     }
 
 
-def _sample(stream: StreamSettings, opened: Opened, encoder: Encoder, retries: int) -> Iterator[str]:
-    """Texts from the head of a source."""
+def _sample(where: str, stream: StreamSettings, opened: Opened, encoder: Encoder, retries: int) -> Iterator[str]:
+    """Texts from the head of a source; raises `UserError` where no row there holds what the stream asks for."""
     reader = DocumentReader(stream, encoder.special_ids, opened.column or "")
-    found = (
-        reader.read(row.value)
+    read = (
+        row.value
         for part in opened.parts[:1]
         for span in part.spans
         for row in islice(rows(span, opened.column, Position(), retries), 8 * SAMPLE_DOCUMENTS)
         if row.value is not None and not isinstance(row.value, Dropped)
     )
-    characters = 0
-    for document in islice((d for d in found if isinstance(d, Document)), SAMPLE_DOCUMENTS):
-        yield document.content[:SAMPLE_CHARS]
-        characters += len(document.content)
-        if characters >= SAMPLE_CHARS:
-            return
+    wrong: dict[str, int] = {}
+    texts = characters = seen = 0
+    for value in read:
+        found = reader.read(value)
+        seen += 1
+        if isinstance(found, Dropped) and found.reason in ("missing_field", "wrong_type", "not_an_object"):
+            wrong[found.reason] = wrong.get(found.reason, 0) + 1
+            keys = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else "no fields"
+        if isinstance(found, Document):
+            yield found.content[:SAMPLE_CHARS]
+            texts, characters = texts + 1, characters + len(found.content)
+            if texts == SAMPLE_DOCUMENTS or characters >= SAMPLE_CHARS:
+                return
+    if seen and sum(wrong.values()) == seen:
+        wanted = "a conversation" if stream.format == "chatml" else f"text under `{opened.column}`"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(wrong.items()))
+        raise UserError(
+            f"{where}: none of the first {seen} rows of its source holds {wanted} ({reasons}; the last has {keys}): "
+            "correct its `column` or `format`"
+        )
 
 
 def describe_tokenizer(settings: BuildSettings, encoder: Encoder) -> Json:

@@ -4,6 +4,7 @@ A part is one or more spans of files. How a source is cut depends on its files a
 number of workers, so any part can be done by anyone, in any order, again.
 """
 
+import contextlib
 import glob
 import itertools
 import os
@@ -106,6 +107,19 @@ def changed_files(describe: Json) -> list[str]:
         for file in describe.get("files", [])
         if os.path.exists(file["path"]) and os.path.getsize(file["path"]) != file["bytes"]
     ]
+
+
+def added_files(describe: Json, source: SourceSettings) -> list[str]:
+    """Local files that a source's patterns find now and did not when it was described.
+
+    None where all of its files are gone: a finished build does not need them any more.
+    """
+    known = {os.path.realpath(file["path"]) for file in describe.get("files", [])}
+    if not any(map(os.path.exists, known)):
+        return []
+    with contextlib.suppress(CannotOpen):
+        return [file for file in _expand(source.files) if os.path.realpath(file) not in known]
+    return []
 
 
 def _expand(patterns: list[str]) -> list[str]:

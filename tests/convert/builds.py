@@ -1,11 +1,13 @@
 """What the builder's tests share: small sources of every kind, a tokenizer, builds and the hash of their output."""
 
+import atexit
 import functools
 import gzip
 import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +60,7 @@ def tokenizer() -> Path:
     )
     found.train_from_iterator(texts(0, 100), trainer)
     folder = Path(tempfile.mkdtemp(prefix="chimera-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     found.save(str(folder / "tokenizer.json"))
     return folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-KEY, SECRET = "chimera", "chimera-secret"
+KEY, SECRET = "CHIMERATESTKEYID0001", "chimera/test+secret/of/forty/character40"  # as long as real ones
 
 
 def rclone() -> str:

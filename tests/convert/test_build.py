@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,10 +204,46 @@ def test_the_first_source_that_opens_is_used_and_the_others_named(sources: Path,
 
 def test_a_stream_without_a_document_is_refused_with_the_reasons(sources: Path, tmp_path: Path) -> None:
     settings = builds.config(sources, tmp_path / "out")
-    settings["streams"] = {"s": {"sources": [{"files": [f"{sources}/plain.jsonl"], "column": "txt"}]}}
-    with pytest.raises(UserError, match=r"streams\.s: no document .* 151 rows \(150 missing_field, 1 unparseable\)"):
+    settings["streams"] = {"s": {"sources": [{"files": [f"{sources}/plain.jsonl"]}], "min_chars": 100_000}}
+    with pytest.raises(UserError, match=r"streams\.s: no document .* 151 rows \(150 too_short, 1 unparseable\)"):
         builds.build_here(settings)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        ({"column": "txt"}, r"none of the first \d+ rows .* holds text under `txt` \(\d+ missing_field; the last has "),
+        ({"format": "chatml"}, r"holds a conversation \(\d+ missing_field; the last has "),
+    ],
+)
+def test_a_wrong_column_or_format_is_found_before_the_source_is_read(
+    sources: Path, tmp_path: Path, stream: dict[str, str], message: str
+) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    source = {"files": [f"{sources}/plain.jsonl"]} | ({"column": stream["column"]} if "column" in stream else {})
+    settings["streams"] = {"s": {"sources": [source], "format": stream.get("format", "text")}}
+    with pytest.raises(UserError, match=message):
+        builds.build_here(settings)
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_a_file_that_a_pattern_finds_later_is_named(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(sources / "plain.jsonl", tmp_path / "in" / "a.jsonl")
+    settings = builds.config(sources, tmp_path / "out")
+    # one file, reached in two ways
+    files = [f"{tmp_path}/in/*.jsonl", f"{tmp_path}/in/../in/a.jsonl"]
+    settings["streams"] = {"s": {"sources": [{"files": files}]}}
+    builds.build_here(settings)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["streams"]["s"]["rows"]["read"] == 151
+    builds.build_here(settings)  # nothing to do
+    shutil.copy(sources / "plain.jsonl", tmp_path / "in" / "b.jsonl")
+    with pytest.raises(UserError, match=r"made otherwise \(streams\.s has .*/in/b\.jsonl now\)"):
+        builds.build_here(settings)
+    shutil.rmtree(tmp_path / "in")
+    builds.build_here(settings)  # the sources may go once all is built
 
 
 @pytest.mark.parametrize("name", ["packed.jsonl.gz", "packed.jsonl.zst"])

@@ -112,6 +112,19 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
     assert objects(s3) == wanted
 
 
+def test_what_is_there_is_finished_or_refused(
+    sources: Path, tmp_path: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = remote(sources, tmp_path)
+    builds.build_here(settings)
+    capsys.readouterr()
+    builds.build_here(settings)
+    assert "is finished: nothing to do" in capsys.readouterr().err
+    next(s3.root.rglob("manifest.json")).unlink()  # now they might be another program's shards
+    with pytest.raises(UserError, match=r"/\w+/train/index\.json is not of this build"):
+        builds.build_here({**settings, "work": str(tmp_path / "elsewhere")})
+
+
 def _stop_at(key: str, real: Any) -> Any:
     def put(self: Store, file: Path, name: str) -> None:
         if name.startswith(key):
