@@ -47,7 +47,7 @@ def _name_by_start(logger: LoggerDestination, folder: Path) -> LoggerDestination
     def log_of_this_start(hyperparameters: dict[str, Any]) -> None:
         log({f"start_{number}/{key}": value for key, value in hyperparameters.items()})
 
-    logger.log_hyperparameters = log_of_this_start  # type: ignore[method-assign]
+    logger.log_hyperparameters = log_of_this_start
     return logger
 
 
