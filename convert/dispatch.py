@@ -15,7 +15,7 @@ from convert.journal import PartState
 from convert.part import Progress, fits
 from convert.planned import StreamPlan, part_folder
 
-MAX_LOSSES = 3  # times one part may lose its worker
+MAX_LOSSES = 3  # times in a row one part may lose its worker without a commit in between
 
 
 class StreamRun:
@@ -29,7 +29,7 @@ class StreamRun:
         self._tokens = 0  # of the train split in the accepted parts
         self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
         self._running: set[int] = set()
-        found = [journal.load(part_folder(work, plan.name, index))[0] for index in range(len(plan.parts))]
+        found = [self.committed(index) for index in range(len(plan.parts))]
         self.bar = _Bar(plan, found)
         self._done.update({index: state for index, state in enumerate(found) if state.done})
         self._settle()
@@ -59,7 +59,13 @@ class StreamRun:
         index = self._next()
         assert index is not None
         self._running.add(index)
+        state = self.committed(index)
+        self.bar.at(index, state if fits(state, self._left) else PartState())  # what it goes on from
         return Task(self.plan.name, index, self._left)
+
+    def committed(self, index: int) -> PartState:
+        """The state of a part at its last commit."""
+        return journal.load(part_folder(self._work, self.plan.name, index))[0]
 
     def _next(self) -> int | None:
         first = len(self.accepted)
@@ -69,7 +75,8 @@ class StreamRun:
 
     def done(self, index: int) -> None:
         self._running.discard(index)
-        self._done[index], _ = journal.load(part_folder(self._work, self.plan.name, index))
+        self._done[index] = state = self.committed(index)
+        self.bar.at(index, state)
         self._settle()
 
     def lost(self, index: int) -> None:
@@ -83,6 +90,7 @@ class StreamRun:
                 return  # to be done anew: `next_task` finds it missing
             self.accepted.append(state)
             self._tokens += state.splits["train"].tokens
+            self.bar.accept()
 
 
 class Dispatcher:
@@ -92,7 +100,7 @@ class Dispatcher:
         self.runs = {name: StreamRun(plan, work, ahead) for name, plan in streams.items()}
         self._stall_after = stall_after
         self._heard: dict[Task, float] = {}  # running tasks, when each last moved
-        self._losses: dict[tuple[str, int], int] = {}
+        self._losses: dict[tuple[str, int], tuple[int, PartState]] = {}  # in a row, at the same commit
 
     def run(self, engine: Engine) -> dict[str, list[PartState]]:
         """The states of each stream's parts once all are done.
@@ -133,19 +141,21 @@ class Dispatcher:
             raise event.payload
         if event.kind == "done":
             run.done(task.part)
-            run.bar.ended(task.part)
             if run.finished:  # `max_tokens` is reached: parts that ran ahead are not needed
                 for ahead in [t for t in self._heard if t.stream == task.stream]:
                     engine.cancel(ahead)
                     del self._heard[ahead]
             return
         run.lost(task.part)
-        losses = self._losses[task.stream, task.part] = self._losses.get((task.stream, task.part), 0) + 1
+        state = run.committed(task.part)
+        before, at = self._losses.get((task.stream, task.part), (0, state))
+        losses = before + 1 if state == at else 1
+        self._losses[task.stream, task.part] = losses, state
         where = f"{task.stream}: the worker of part {task.part} ({run.plan.parts[task.part].spans[0].file}) is gone"
         if losses == MAX_LOSSES:
             raise UserError(
-                f"{where}, {losses} times now: {event.payload}: give it more memory or fewer `workers`, then run "
-                "the same command again; it goes on where it stopped"
+                f"{where}, {losses} times without a step ahead: {event.payload}: give it more memory or fewer "
+                "`workers`, then run the same command again; it goes on where it stopped"
             )
         say(f"{where}: {event.payload}; another goes on from its last shard")
 
@@ -160,32 +170,48 @@ class Dispatcher:
 
 
 class _Bar:
-    """A stream's progress: tokens where their number is limited, else bytes of the source."""
+    """A stream's progress: tokens where their number is limited, else bytes of the source.
+
+    Of a limited stream's tokens those count that are certain to be wanted: of the accepted parts and the one after.
+    """
 
     def __init__(self, plan: StreamPlan, states: list[PartState]) -> None:
         self._sizes = [part.bytes for part in plan.parts]
         self._budget = plan.settings.max_tokens
-        self._seen: dict[int, float] = {}
-        self._tokens = sum(state.splits["train"].tokens for state in states)
-        if self._budget is None:
-            before = sum(size if s.done else s.bytes for s, size in zip(states, self._sizes, strict=True))
-            self._seen = {i: s.bytes for i, s in enumerate(states)}
-        else:
-            before = self._tokens
+        self._accepted = 0
+        self._tokens = [state.splits["train"].tokens for state in states]
+        self._bytes = [self._read(part, state) for part, state in enumerate(states)]
         total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
-        self._bar = progress(total, unit, plan.name, initial=min(before, total))
+        self._bar = progress(total, unit, plan.name, initial=self._place())
+
+    def at(self, part: int, state: PartState) -> None:
+        """A part is where `state` says."""
+        self._tokens[part], self._bytes[part] = state.splits["train"].tokens, self._read(part, state)
+        self._show()
 
     def moved(self, part: int, step: Progress) -> None:
-        self._seen[part] = self._seen.get(part, 0.0) + step.bytes
-        self._tokens += step.tokens
+        self._tokens[part] += step.tokens
+        self._bytes[part] += step.bytes
         if self._budget is None:  # a hub file's bytes are known to be done at its end only: show that it moves
-            self._bar.set_postfix_str(f"{self._tokens / 1e6:.2f}M tokens", refresh=False)
-        self._bar.update(step.bytes if self._budget is None else step.tokens)
+            self._bar.set_postfix_str(f"{sum(self._tokens) / 1e6:.2f}M tokens", refresh=False)
+        self._show()
 
-    def ended(self, part: int) -> None:
-        """What rows did not account for (headers, other columns) counts as done."""
-        if self._budget is None:
-            self._bar.update(self._sizes[part] - self._seen.pop(part, 0.0))
+    def accept(self) -> None:
+        """One more part is."""
+        self._accepted += 1
+        self._show()
 
     def close(self) -> None:
         self._bar.close()
+
+    def _read(self, part: int, state: PartState) -> float:
+        """Bytes of a part; what rows did not account for (headers, other columns) counts at its end."""
+        return self._sizes[part] if state.done else state.bytes
+
+    def _place(self) -> float:
+        if self._budget is None:
+            return min(sum(self._bytes), sum(self._sizes))
+        return min(sum(self._tokens[: self._accepted + 1]), self._budget)
+
+    def _show(self) -> None:
+        self._bar.update(self._place() - self._bar.n)

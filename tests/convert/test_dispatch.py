@@ -5,7 +5,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from convert.engine import Task
+from chimera.cli import UserError
+from convert import dispatch
+from convert import part as part_module
+from convert.engine import Event, Task
+from convert.part import run_part
+from convert.planned import part_folder
 from tests.convert import builds
 
 
@@ -32,3 +37,96 @@ def test_every_stream_begins_before_parts_run_ahead_of_a_limit(tmp_path: Path, m
     assert begun == [("a", 0), ("b", 0), ("whole", 0), ("whole", 1), ("whole", 2), ("whole", 3)]
     ahead = [task.stream for task in _Watched.started if task.part in (1, 2) and task.stream != "whole"]
     assert ahead[:4] == ["a", "b", "a", "b"]  # none takes every slot
+
+
+class _Bar:
+    """A progress bar that remembers."""
+
+    places: ClassVar[list[float]] = []
+
+    def __init__(self, total: float, unit: str, label: str, initial: float) -> None:
+        self.n = initial
+
+    def update(self, step: float) -> None:
+        self.n += step
+        self.places.append(self.n)
+
+    def close(self) -> None:
+        pass
+
+
+class _Backwards(builds.Inline):
+    """Parts ahead end before the first one; `first` are the bar's places once the first one begins."""
+
+    first: ClassVar[list[float]] = []
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work, slots=6, last_first=True)
+
+    def wait(self, seconds: float) -> list[Any]:
+        task = self._tasks.pop()
+        if task.part == 0:
+            self.first.extend(_Bar.places)
+        moves: list[Any] = []
+        run_part(self._work, task.stream, task.part, task.limit, moves.append)
+        return [*(Event("progress", task, moved) for moved in moves), Event("done", task)]
+
+
+def test_the_bar_of_a_limited_stream_leaves_out_what_ran_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds.write_sources(tmp_path / "in")
+    settings = builds.config(tmp_path / "in", tmp_path / "out", part_bytes=4000)
+    settings["streams"] = {"limited": settings["streams"]["limited"]}
+    monkeypatch.setattr(_Bar, "places", [])
+    monkeypatch.setattr(_Backwards, "first", [])
+    monkeypatch.setattr(dispatch, "progress", _Bar)
+    monkeypatch.setattr(builds, "Inline", _Backwards)
+    builds.build_here(settings)
+    assert len(_Backwards.first) > 10
+    assert set(_Backwards.first) == {0}
+    assert _Bar.places[-1] == 9000
+
+
+class _Gone(Exception):
+    """The worker's death."""
+
+
+class _Dying(builds.Inline):
+    """Workers that die once they have committed, or else (`at_once`) at their first batch."""
+
+    at_once = False
+    deaths = 0
+
+    def wait(self, seconds: float) -> list[Any]:
+        task = self._tasks.pop(0)
+        state = part_folder(self._work, task.stream, task.part) / "state.npz"
+        before = state.read_bytes() if state.exists() else b""
+
+        def report(_: Any) -> None:
+            if self.at_once or (state.exists() and state.read_bytes() != before):
+                raise _Gone
+
+        try:
+            run_part(self._work, task.stream, task.part, task.limit, report)
+        except _Gone:
+            type(self).deaths += 1
+            return [Event("lost", task, "its node is gone")]
+        return [Event("done", task)]
+
+
+def test_losses_count_until_the_part_moves_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds.write_sources(tmp_path / "in")
+
+    def settings(out: str) -> dict[str, Any]:
+        found = builds.config(tmp_path / "in", tmp_path / out, part_bytes=1 << 20)
+        return {**found, "streams": {"columns": found["streams"]["columns"]}}
+
+    builds.build_here(settings("wanted"))
+    monkeypatch.setattr(part_module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(builds, "Inline", _Dying)
+    monkeypatch.setattr(_Dying, "deaths", 0)
+    builds.build_here(settings("out"))
+    assert _Dying.deaths > dispatch.MAX_LOSSES
+    assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "wanted")
+    monkeypatch.setattr(_Dying, "at_once", True)
+    with pytest.raises(UserError, match="is gone, 3 times without a step ahead: its node is gone: give it more memory"):
+        builds.build_here(settings("other"))
