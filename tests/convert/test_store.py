@@ -112,10 +112,10 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
     assert objects(s3) == wanted
 
 
+@pytest.mark.usefixtures("s3")
 def test_what_is_there_is_finished_or_refused(
-    sources: Path, tmp_path: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    del s3
     settings = remote(sources, tmp_path)
     builds.build_here(settings)
     capsys.readouterr()
