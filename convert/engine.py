@@ -47,11 +47,11 @@ class Engine(Protocol):
         ...
 
     def cancel(self, task: Task) -> None:
-        """Stop a running task at once; no more is heard of it."""
+        """Stop a running task; no more is heard of it. It may go on until `close` returns."""
         ...
 
     def close(self) -> None:
-        """Stop every task at once; the parts' commits make that safe."""
+        """Stop every task and wait until none runs; the parts' commits make that safe."""
         ...
 
 

@@ -6,14 +6,17 @@ shared file system or because they are remote. A node that dies costs its parts 
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chimera.cli import UserError
+from chimera.cli import UserError, one_line
 from convert.engine import Event, Task, failure
 from convert.part import Progress, run_part
 from convert.settings import BuildSettings
+
+STOPPING = 60.0  # seconds cancelled tasks get to end
 
 
 class RayEngine:
@@ -44,6 +47,7 @@ class RayEngine:
         self._mail = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mail).remote()
         self._task = ray.remote(num_cpus=1, max_retries=0)(_run)
         self._running: dict[Any, Task] = {}
+        self._cancelled: list[Any] = []
 
     def start(self, task: Task) -> None:
         self._running[self._task.remote(self._work, task, self._mail)] = task
@@ -55,21 +59,46 @@ class RayEngine:
             task = self._running.pop(ref)
             try:
                 error = self._ray.get(ref)
+            except self._ray.exceptions.RuntimeEnvSetupError as broken:
+                error = UserError(f"engine: ray: a node cannot set up its workers: {_say(broken)}")
+            except self._ray.exceptions.RayTaskError as broken:  # `_run` catches what a part raises: it never ran
+                error = RuntimeError(f"a node cannot run parts (is the same version installed there?): {broken}")
             except self._ray.exceptions.RayError as lost:
-                events.append(Event("lost", task, f"{type(lost).__name__}"))
+                events.append(Event("lost", task, f"{type(lost).__name__}: {_say(lost)}"))
                 continue
             events.append(Event("done", task) if error is None else Event("failed", task, error))
         return events
 
     def cancel(self, task: Task) -> None:
         for ref in [ref for ref, running in self._running.items() if running == task]:
-            self._ray.cancel(ref, force=True)
+            self._ray.cancel(ref, force=True)  # only asks: `close` waits
             del self._running[ref]
+            self._cancelled.append(ref)
 
     def close(self) -> None:
-        for task in list(self._running.values()):
-            self.cancel(task)
+        mine = list(self._running)
+        self._running = {}
+        stopped = self._stop(self._cancelled)
+        self._stop(mine)
         self._ray.shutdown()
+        if not stopped:
+            raise UserError(
+                f"a part that is not needed any more did not stop on its node in {STOPPING:g} s: run the same command "
+                "again once the node is back or gone"
+            )
+
+    def _stop(self, tasks: list[Any]) -> bool:
+        """Cancel tasks until all have ended, or `STOPPING` is over."""
+        until = time.monotonic() + STOPPING
+        while tasks and time.monotonic() < until:
+            for ref in tasks:
+                self._ray.cancel(ref, force=True)
+            _, tasks = self._ray.wait(tasks, num_returns=len(tasks), timeout=1.0)
+        return not tasks
+
+
+def _say(error: BaseException) -> str:
+    return one_line(error)[:300]
 
 
 def _reachable(address: str | None) -> None:

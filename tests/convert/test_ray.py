@@ -1,12 +1,18 @@
 """Builds on a Ray cluster of two nodes on this machine, one of which dies."""
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chimera.cli import UserError
+from convert import ray_engine
+from convert.engine import Event, Task
+from convert.settings import BuildSettings
 from tests.convert import builds
 
 ray = pytest.importorskip("ray")
@@ -63,3 +69,69 @@ def test_a_cluster_that_is_not_there_is_one_clear_line(wanted: tuple[Path, dict[
     code, said = builds.run(settings, tmp_path)
     assert code == 2, said
     assert "error: ray_address: no Ray cluster at 127.0.0.1:1" in said
+
+
+def _broken(*_: Any) -> None:
+    raise ImportError("no module named xyz")
+
+
+def _dead(*_: Any) -> None:
+    os._exit(1)
+
+
+def _writing(work: Path, *_: Any) -> None:
+    """Writes what the time is until it is stopped."""
+    while True:
+        (work / "now").write_text(str(time.time()))
+        time.sleep(0.01)
+
+
+def _engine(cluster: Any, work: Path, task: Any, monkeypatch: pytest.MonkeyPatch) -> ray_engine.RayEngine:
+    monkeypatch.setattr(ray_engine, "_run", task)
+    return ray_engine.RayEngine(BuildSettings(ray_address=cluster.address), work)
+
+
+def _ended(engine: ray_engine.RayEngine) -> Event:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if events := engine.wait(1):
+            return events[0]
+    raise AssertionError("nothing happened")
+
+
+def test_what_no_other_node_would_mend_fails_and_a_dead_worker_is_lost(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for task, kind, text in ((_broken, "failed", "no module named xyz"), (_dead, "lost", "WorkerCrashedError: ")):
+        engine = _engine(cluster, tmp_path, task, monkeypatch)
+        try:
+            engine.start(Task("s", 0, None))
+            event = _ended(engine)
+        finally:
+            engine.close()
+        assert event.kind == kind
+        assert text in str(event.payload)
+
+
+def test_once_an_engine_is_closed_no_cancelled_part_writes(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = _engine(cluster, tmp_path, _writing, monkeypatch)
+    task = Task("s", 0, None)
+    engine.start(task)
+    until = time.monotonic() + 60
+    while not (tmp_path / "now").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    engine.cancel(task)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "shutdown", lambda: None)
+        engine.close()
+    said = (tmp_path / "now").read_text()
+    time.sleep(0.3)
+    assert (tmp_path / "now").read_text() == said
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine, "STOPPING", 0.0)
+        engine.start(task)
+        engine.cancel(task)
+        with pytest.raises(UserError, match="did not stop on its node in 0 s"):
+            engine.close()
