@@ -74,8 +74,8 @@ class Packer:
         elif self._waiting:
             self._pack([range(len(self._waiting))])
 
-    def take(self, limit: int | None = None) -> tuple[Array, Array | None, int]:
-        """The finished blocks, at most `limit`: tokens [n, block_len], masks [n, block_len] or None, padding tokens."""
+    def take(self) -> tuple[Array, Array | None, int]:
+        """The finished blocks: tokens [n, block_len], masks [n, block_len] or None, padding tokens."""
         whole = self._waiting_tokens // self.block_len * self.block_len
         if self.packing == "concat" and whole:
             self._concat(whole)
@@ -84,13 +84,9 @@ class Packer:
             return np.empty(shape, self.dtype), np.empty(shape, np.bool_) if self.masked else None, 0
         tokens = self._join(self._ready, self.dtype).reshape(-1, self.block_len)
         masks = self._join(self._ready_masks, np.bool_).reshape(-1, self.block_len) if self.masked else None
-        n = len(tokens) if limit is None else min(limit, len(tokens))
-        rest = n < len(tokens)  # an empty view would keep all the blocks in memory
-        self._ready = [tokens[n:].reshape(-1)] if rest else []
-        self._ready_masks = [masks[n:].reshape(-1)] if rest and masks is not None else []
-        padding = n * self.block_len - sum(self._ready_fill[:n])
-        del self._ready_fill[:n]
-        return tokens[:n], masks[:n] if masks is not None else None, padding
+        padding = tokens.size - sum(self._ready_fill)
+        self._ready, self._ready_masks, self._ready_fill = [], [], []
+        return tokens, masks, padding
 
     def state(self) -> dict[str, Array]:
         """Everything a fresh packer of the same settings needs to go on, as flat arrays."""

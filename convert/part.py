@@ -100,6 +100,8 @@ class _Part:
 
     def __exit__(self, *_: object) -> None:
         self.rejects.close()
+        if self.sender:
+            self.sender.close()
 
     def run(self, limit: int | None, report: Report) -> None:
         self._send()

@@ -165,6 +165,7 @@ class Sender:
         self._store = store
         self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue(WAITING_SHARDS)
         self._error: BaseException | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -179,13 +180,20 @@ class Sender:
         self._thread.join()
         self._raise()
 
+    def close(self) -> None:
+        """End the thread, once the upload it is at has ended; those that wait are left to a rerun."""
+        self._closed = True
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self._error is not None:
+            if self._error is not None or self._closed:
                 continue  # keep taking, so that nobody waits for room
             file, key = item
             try:

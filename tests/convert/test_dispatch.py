@@ -1,5 +1,6 @@
-"""Which part runs next."""
+"""Which part runs next, and what running one leaves behind."""
 
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from convert import part as part_module
 from convert.engine import Event, Task
 from convert.part import run_part
 from convert.planned import part_folder
+from convert.settings import BuildSettings
 from tests.convert import builds
 
 
@@ -130,3 +132,43 @@ def test_losses_count_until_the_part_moves_on(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(_Dying, "at_once", True)
     with pytest.raises(UserError, match="is gone, 3 times without a step ahead: its node is gone: give it more memory"):
         builds.build_here(settings("other"))
+
+
+class _Store:
+    can_delete = True
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    def put(self, file: Path, key: str) -> None:
+        self.keys.append(key)
+
+
+def test_no_upload_thread_outlives_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds.write_sources(tmp_path / "in")
+    settings = builds.config(tmp_path / "in", tmp_path / "out", part_bytes=1 << 20)
+    store = _Store()
+    monkeypatch.setattr(part_module, "worker_store", lambda *_: store)
+    work: list[Path] = []
+
+    class Planned(builds.Inline):
+        def wait(self, seconds: float) -> list[Any]:
+            work.append(self._work)
+            raise _Gone
+
+    monkeypatch.setattr(builds, "Inline", Planned)
+    with pytest.raises(_Gone):
+        builds.build_here({**settings, "streams": {"columns": settings["streams"]["columns"]}})
+    monkeypatch.setattr(BuildSettings, "remote", True)
+    before = threading.active_count()
+
+    def die(_: Any) -> None:
+        raise _Gone
+
+    with pytest.raises(_Gone):
+        run_part(work[0], "columns", 0, None, die)
+    assert threading.active_count() == before
+    for _ in range(2):  # the second finds it done
+        run_part(work[0], "columns", 0, None, lambda _: None)
+        assert threading.active_count() == before
+        assert len(store.keys) == len(set(store.keys)) > 3

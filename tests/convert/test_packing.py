@@ -132,7 +132,7 @@ def test_blocks_do_not_depend_on_when_they_are_taken_or_on_interruptions(
         straight.add(ids, mask)
         broken.add(ids, mask)
         if data.draw(st.booleans(), label="take"):
-            taken.append(broken.take(data.draw(st.none() | st.integers(0, 2), label="limit")))
+            taken.append(broken.take())
         if data.draw(st.booleans(), label="interrupt"):
             state = broken.state()
             broken = packer(packing, masked)
@@ -148,19 +148,6 @@ def test_blocks_do_not_depend_on_when_they_are_taken_or_on_interruptions(
         assert expected_masks is not None
         assert np.array_equal(np.concatenate([mask for _, mask, _ in taken]), expected_masks)
         assert np.array_equal(expected_masks, (blocks % 3 == 0) & (blocks != PAD))
-
-
-@given(lengths, packings, st.integers(0, 5))
-def test_a_limit_leaves_the_rest_for_later(lengths: list[int], packing: str, limit: int) -> None:
-    p = packer(packing)
-    for ids in documents(lengths):
-        p.add(ids)
-    p.flush()
-    first, rest = p.take(limit), p.take()
-    expected, padding = packed(lengths, packing)
-    assert len(first[0]) == min(limit, len(expected))
-    assert np.array_equal(np.concatenate([first[0], rest[0]]), expected)
-    assert first[2] + rest[2] == padding
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
