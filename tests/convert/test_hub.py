@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,49 @@ def test_a_set_is_read_at_a_recorded_commit_and_only_its_text(
     assert source == {"index": 0, "passed_over": [], "describe": expected}
     last = hub.sent["it/part_1.parquet"]  # the first file is read for the sample of its head as well
     assert last < (files / "part_1.parquet").stat().st_size * 0.8
+
+
+def test_of_a_chat_set_nothing_but_the_conversations_is_fetched(build: Builder, hub: HubServer, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chats = builds.chats(50, 120)
+    columns = {key: [chat[key] for chat in chats] for key in ("instruction", "input", "output")}
+    table = pa.table({**columns, "picture": [os.urandom(200_000) for _ in chats]})
+    pq.write_table(table, tmp_path / "chats.parquet", row_group_size=40)
+    body = (tmp_path / "chats.parquet").read_bytes()
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: chats.parquet\n---\n"
+    hub.sets["uonlp/Chats"] = {"README.md": card, "chats.parquet": body}
+    hub.sent.clear()
+    settings = settings_for(tmp_path, {"hub": "uonlp/Chats"})
+    settings["streams"]["s"]["format"] = "chatml"
+    error, said = build(settings)
+    assert error is None, said
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
+    assert rows["documents"] == 120
+    passes = 2  # the sample of its head takes all of so small a set
+    assert hub.sent["chats.parquet"] < passes * len(body) * 0.8  # the client reads 5 MB at a time
+
+
+def test_the_hub_is_asked_again_no_sooner_than_it_wants(
+    build: Builder, hub: HubServer, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, bool]] = []  # each request for data: when, and whether it was refused
+    real = hub.faults.next
+
+    def watched() -> Any:
+        fault = real()
+        asked.append((time.monotonic(), fault is not None))
+        return fault
+
+    monkeypatch.setattr(hub.faults, "next", watched)
+    hub.faults.arm(after=AFTER, statuses=[(429, {"Retry-After": "1"})] * 2)
+    error, said = build(settings_for(tmp_path, IT))
+    assert error is None, said
+    refused = [i for i, (_, fault) in enumerate(asked) if fault]
+    assert len(refused) == 2
+    assert all(asked[i + 1][0] - asked[i][0] >= 1 for i in refused)
+    assert shards(tmp_path / "out") == wanted
 
 
 FAULTS = {
