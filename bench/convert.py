@@ -1,6 +1,7 @@
 """The builder end to end against its tokenizer alone and against the usual way, on the same text in one run.
 
-`python bench/convert.py [--data GLOB ...] [--tokenizer PATH] [--megabytes N] [--rounds N] [--json FILE]`
+`python bench/convert.py [--data GLOB ...] [--tokenizer PATH] [--eos TOKEN] [--pad TOKEN] [--megabytes N] [--rounds N]
+[--json FILE]`
 
     builder   convert/build_shards.py: parquet in, compressed and hashed MDS shards and manifest out
     (a)       `tokenizers.encode_batch_fast` on all cores, text already in memory, nothing written
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,52 @@ import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-BLOCK_LEN, EOS_ID, PAD_ID = 1024, 0, 1
+BLOCK_LEN = 1024
 FILES = 8
 CORES = len(os.sched_getaffinity(0))
 Spent = tuple[float, float]  # wall seconds, CPU seconds
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer all ways share."""
+
+    file: str
+    eos: str
+    pad: str
+    eos_id: int
+    pad_id: int
+    size: int
+
+    @property
+    def dtype(self) -> str:
+        """What the builder stores ids as."""
+        return "<u2" if self.size <= 1 << 16 else "<u4"
+
+
+def vocabulary(file: str, eos: str, pad: str) -> Vocabulary:
+    from convert.encoding import Encoder
+    from convert.settings import TokenizerSettings
+
+    found = Encoder.from_settings(TokenizerSettings(file, eos, pad))
+    return Vocabulary(file, eos, pad, found.eos_id, found.pad_id, found.vocab_size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", default=[str(SHARED / "*" / "*.parquet")], help="parquet with `text`")
     parser.add_argument("--tokenizer", default=str(SHARED / "tokenizer"))
+    parser.add_argument("--eos", default="<|endoftext|>", help="the token that ends documents")
+    parser.add_argument("--pad", default="<|padding|>", help="the token that fills blocks")
     parser.add_argument("--megabytes", type=int, default=200, help="the data is repeated until it is this large")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    tokenizer = Path(args.tokenizer) / "tokenizer.json"
+    path = Path(args.tokenizer)
+    tokenizer = vocabulary(str(path / "tokenizer.json" if path.is_dir() else path), args.eos, args.pad)
     with tempfile.TemporaryDirectory() as folder:
         files, size = prepare(args.data, args.megabytes * 10**6, Path(folder))
-        ways: dict[str, Callable[[list[str], Path, Path], tuple[Spent, np.ndarray]]] = {
+        ways: dict[str, Callable[[list[str], Vocabulary, Path], tuple[Spent, np.ndarray]]] = {
             "builder": builder,
             "encode_batch_fast": encode_batch_fast,
             "usual": usual,
@@ -105,11 +135,11 @@ def prepare(patterns: list[str], size: int, folder: Path) -> tuple[list[str], in
     return files, once * times
 
 
-def builder(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.ndarray]:
+def builder(files: list[str], tokenizer: Vocabulary, out: Path) -> tuple[Spent, np.ndarray]:
     """Our builder as a user runs it, its start included."""
     config = {
         "output": str(out),
-        "tokenizer": {"path": str(tokenizer)},
+        "tokenizer": {"path": tokenizer.file, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad},
         "block_len": BLOCK_LEN,
         "eval_fraction": 0.0,
         "streams": {"text": {"min_tokens": 0, "sources": [{"files": files}]}},
@@ -121,28 +151,29 @@ def builder(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.nda
         [sys.executable, ROOT / "convert" / "build_shards.py", file], check=True, stderr=subprocess.DEVNULL, cwd=ROOT
     )
     spent = time.perf_counter() - began, cpu_seconds() - cpu
-    return spent, histogram(out / "text" / "train", "<u2")
+    return spent, histogram(out / "text" / "train", tokenizer.dtype, tokenizer)
 
 
-def encode_batch_fast(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.ndarray]:
+def encode_batch_fast(files: list[str], tokenizer: Vocabulary, out: Path) -> tuple[Spent, np.ndarray]:
     """Only the encoding calls, in batches of 1 000 texts; reading and what is done with the ids is not counted."""
     return child("_encode_alone", tokenizer, out, files), np.load(f"{out}.npy")
 
 
-def child(function: str, tokenizer: Path, out: Path, files: list[str]) -> Spent:
+def child(function: str, tokenizer: Vocabulary, out: Path, files: list[str]) -> Spent:
     """Run a function of this file in a process of its own; the wall and CPU seconds it says it took."""
     code = f"import sys; sys.path[0] = sys.argv[1]; from bench.convert import {function} as f; print(*f(*sys.argv[2:]))"
-    command = [sys.executable, "-c", code, str(ROOT), str(tokenizer), str(out), *files]
+    command = [sys.executable, "-c", code, str(ROOT), json.dumps(asdict(tokenizer)), str(out), *files]
     wall, cpu = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout.split()
     return float(wall), float(cpu)
 
 
-def _encode_alone(tokenizer: str, out: str, *files: str) -> Spent:
+def _encode_alone(described: str, out: str, *files: str) -> Spent:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
-    loaded = Tokenizer.from_file(tokenizer)
-    wall, cpu, counts = 0.0, 0.0, np.zeros(1 << 16, np.int64)
+    tokenizer = Vocabulary(**json.loads(described))
+    loaded = Tokenizer.from_file(tokenizer.file)
+    wall, cpu, counts = 0.0, 0.0, np.zeros(tokenizer.size, np.int64)
     for file in files:
         texts = pq.read_table(file)["text"].to_pylist()
         for start in range(0, len(texts), 1000):
@@ -150,37 +181,38 @@ def _encode_alone(tokenizer: str, out: str, *files: str) -> Spent:
             batch = loaded.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
             wall, cpu = wall + time.perf_counter() - began, cpu + cpu_seconds() - cpu_began
             for encoding in batch:
-                counts += np.bincount([*encoding.ids, EOS_ID], minlength=1 << 16)
+                counts += np.bincount([*encoding.ids, tokenizer.eos_id], minlength=tokenizer.size)
     np.save(f"{out}.npy", counts)
     return wall, cpu
 
 
-def usual(files: list[str], tokenizer: Path, out: Path) -> tuple[Spent, np.ndarray]:
+def usual(files: list[str], tokenizer: Vocabulary, out: Path) -> tuple[Spent, np.ndarray]:
     """The pattern of today's conversion scripts; its long imports are not counted."""
-    return child("_usual", tokenizer, out, files), histogram(out, "<i4")
+    return child("_usual", tokenizer, out, files), histogram(out, "<i4", tokenizer)
 
 
-def _usual(tokenizer: str, out: str, *files: str) -> Spent:
+def _usual(described: str, out: str, *files: str) -> Spent:
     from datasets import load_dataset
     from streaming import MDSWriter
     from torch.utils.data import DataLoader, IterableDataset
     from transformers import PreTrainedTokenizerFast
 
+    tokenizer = Vocabulary(**json.loads(described))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     began, cpu = time.perf_counter(), cpu_seconds()
     rows = load_dataset("parquet", data_files=list(files), split="train", streaming=True)
 
     class Concatenated(IterableDataset):  # type: ignore[misc]
         def __iter__(self) -> Iterator[dict[str, Any]]:
-            loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer, model_max_length=10**9)
+            loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer.file, model_max_length=10**9)
             buffer: list[int] = []
             for row in rows:  # `datasets` gives each worker its share of the files
-                buffer += [*loaded(row["text"], truncation=False, padding=False)["input_ids"], EOS_ID]
+                buffer += [*loaded(row["text"], truncation=False, padding=False)["input_ids"], tokenizer.eos_id]
                 while len(buffer) >= BLOCK_LEN:
                     yield {"tokens": np.array(buffer[:BLOCK_LEN], np.int32)}
                     buffer = buffer[BLOCK_LEN:]
             if buffer:
-                yield {"tokens": np.array(buffer + [PAD_ID] * (BLOCK_LEN - len(buffer)), np.int32)}
+                yield {"tokens": np.array(buffer + [tokenizer.pad_id] * (BLOCK_LEN - len(buffer)), np.int32)}
 
     loader = DataLoader(Concatenated(), batch_size=512, num_workers=CORES, prefetch_factor=2, collate_fn=list)
     columns = {"tokens": f"ndarray:int32:{BLOCK_LEN}"}
@@ -191,17 +223,17 @@ def _usual(tokenizer: str, out: str, *files: str) -> Spent:
     return time.perf_counter() - began, cpu_seconds() - cpu
 
 
-def histogram(folder: Path, dtype: str) -> np.ndarray:
+def histogram(folder: Path, dtype: str, tokenizer: Vocabulary) -> np.ndarray:
     """How often each id occurs in the MDS shards of a folder, without padding."""
     import zstandard
 
     size = BLOCK_LEN * np.dtype(dtype).itemsize
-    counts = np.zeros(1 << 16, np.int64)
+    counts = np.zeros(tokenizer.size, np.int64)
     for shard in json.loads((folder / "index.json").read_text())["shards"]:
         packed = (folder / shard["zip_data"]["basename"]).read_bytes()
         raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=shard["raw_data"]["bytes"])
-        counts += np.bincount(np.frombuffer(raw[-shard["samples"] * size :], dtype), minlength=1 << 16)
-    counts[PAD_ID] = 0
+        counts += np.bincount(np.frombuffer(raw[-shard["samples"] * size :], dtype), minlength=tokenizer.size)
+    counts[tokenizer.pad_id] = 0
     return counts
 
 
