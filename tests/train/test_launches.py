@@ -70,12 +70,22 @@ def test_a_chain_of_kills_on_other_rank_counts_ends_as_the_uninterrupted_run(ove
     assert (folder / f"ep0-ba{stopped_at}-rank0.pt").exists(), "SIGTERM saves within the step"
 
     assert main(config) == 0
-    assert f"starting at step {stopped_at} of 120" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"starting at step {stopped_at} of 120" in said
+    assert "warning" not in said, "steps.jsonl and metrics.jsonl reach the checkpoint"
     lines = steps_of(folder)
     assert [line["digest"] for line in lines] == [line["digest"] for line in reference]
     for ours, theirs in zip(lines, reference, strict=True):
         assert ours["streams"] == theirs["streams"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), ours["step"]
+
+
+def test_ranks_need_to_divide_the_steps_ahead_only(overrides, tmp_path):
+    config = overrides("run", "model.attention_dropout=0.0", "phases.1.global_train_batch_size=24")
+    main([*config, "max_duration=20ba"])
+    code, output = finish(launch(3, *config))
+    assert code == 0, output
+    assert [line["tokens"] for line in steps_of(tmp_path / "run")[20:]] == [24 * 128] * 10
 
 
 def test_the_loss_is_the_mean_over_trained_tokens_on_any_number_of_ranks(overrides, tmp_path):

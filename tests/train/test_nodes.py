@@ -1,4 +1,4 @@
-"""Two launchers as two nodes: own /dev/shm, own temporary folder, one save folder - as a cluster gives them."""
+"""Two launchers as two nodes: own /dev/shm, own temporary and working folder - as a cluster gives them."""
 
 import os
 import shutil
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.convert.s3_server import S3Server
 from tests.train.conftest import ROOT, steps_of
 from train.main import main
+from train.run_store import run_folder
 
 COMPOSER = Path(sys.executable).parent / "composer"
 
@@ -24,8 +26,8 @@ def isolated(folder: Path) -> list[str]:
     return prefix
 
 
-def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> None:
-    """Train on two nodes of `ranks` ranks each, to the end."""
+def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> str:
+    """Train on two nodes of `ranks` ranks each, to the end, in a working folder each; what the first said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,17 +37,24 @@ def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> None:
             *isolated(tmp_path / f"node{node}"),
             *(str(COMPOSER), "-n", str(ranks), "--world_size", str(2 * ranks), "--node_rank", str(node)),
             *("--base_rank", str(node * ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)),
-            *("train/main.py", *config, f"cache={tmp_path}/node{node}/cache"),
+            *(str(ROOT / "train/main.py"), *config, f"cache={tmp_path}/node{node}/cache"),
         ]
         environment = {**os.environ, "TMPDIR": str(tmp_path / f"node{node}")}
         nodes.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                cwd=tmp_path / f"node{node}",
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
+    said = []
     for process in nodes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+        said.append(process.communicate(timeout=300)[0])
+        assert process.returncode == 0, said[-1]
+    return said[0]
 
 
 def test_two_nodes_of_two_ranks_resume_and_train_as_one_rank_does(overrides, tmp_path):
@@ -59,3 +68,24 @@ def test_two_nodes_of_two_ranks_resume_and_train_as_one_rank_does(overrides, tmp
     assert [line["digest"] for line in ours] == [line["digest"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_two_nodes_that_share_no_folder_resume_from_an_object_store(overrides, tmp_path, monkeypatch):
+    config = ["model.attention_dropout=0.0", "num_canonical_nodes=2"]
+    main(overrides("one", *config, "max_duration=15ba"))
+    remote = overrides("unused", *config, "save_folder=s3://bucket/run", "run_name=several", "dist_timeout=60")
+    with S3Server(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        launch_nodes(tmp_path, [*remote, "max_duration=6ba"], ranks=1)
+        newest = tmp_path / "s3/bucket/run/ep0-ba6-rank0.pt"
+        newest.write_bytes(newest.read_bytes()[:5000])
+        said = launch_nodes(tmp_path, [*remote, "max_duration=15ba"], ranks=1)
+    assert "ep0-ba6-rank0.pt is damaged" in said
+    assert "starting at step 5 of 15 from s3://bucket/run/ep0-ba5-rank0.pt" in said
+    local = run_folder("several", "s3://bucket/run")
+    ours, theirs = steps_of(tmp_path / "node0" / local), steps_of(tmp_path / "one")
+    assert [line["digest"] for line in ours] == [line["digest"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert not [*tmp_path.glob("node*/runs/*/.fetched*")], "what was fetched to each node does not stay"

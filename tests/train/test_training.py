@@ -14,6 +14,7 @@ from tests.train.conftest import steps_of, weights_of
 from train import collate, export_hf
 from train.export_hf import read_checkpoint
 from train.main import main
+from train.start import damage_of
 
 
 def same(a, b) -> bool:
@@ -83,6 +84,31 @@ def test_a_damaged_latest_checkpoint_is_passed_over(whole, overrides, capsys):
     assert "ep0-ba30-rank0.pt is damaged" in capsys.readouterr().err
     assert steps_of(whole) == reference
     assert same(weights_of(whole, 30), weights)
+
+
+def test_a_branch_starts_from_a_checkpoint_of_any_name(whole, overrides, tmp_path, capsys):
+    start = tmp_path / "start.pt"
+    start.write_bytes((whole / "ep0-ba20-rank0.pt").read_bytes())
+    config = overrides("branch", f"load_path={start}", "min_start_step=20")
+    main([*config, "max_duration=25ba"])
+    assert "starting at step 20 of 25" in capsys.readouterr().err
+    main(config)  # the same command goes on in the branch
+    assert f"starting at step 25 of 30 from {tmp_path}/branch/ep0-ba25-rank0.pt" in capsys.readouterr().err
+    assert steps_of(tmp_path / "branch") == steps_of(whole)[20:]
+    assert same(weights_of(tmp_path / "branch", 30), weights_of(whole, 30))
+    with pytest.raises(UserError, match=r"this config starts at step 21 or later.* is at step 20"):
+        main(overrides("other", f"load_path={start}", "min_start_step=21"))
+
+
+def test_the_newest_checkpoints_are_kept_and_latest_is_the_newest(overrides, tmp_path):
+    for until in (15, 30):  # the second start removes files of the first
+        main(overrides("run", "save_keep=2", f"max_duration={until}ba"))
+        kept = [f"ep0-ba{until - 5}-rank0.pt", f"ep0-ba{until}-rank0.pt"]
+        files = {path.name for path in (tmp_path / "run").glob("*.pt")}
+        assert files == {*kept, "latest-rank0.pt"}
+        latest = (tmp_path / "run/latest-rank0.pt").resolve()
+        assert latest.name == kept[-1]
+        assert damage_of(latest) is None
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_batch(overrides, tmp_path):
