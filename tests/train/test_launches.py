@@ -93,13 +93,11 @@ def test_the_loss_is_the_mean_over_trained_tokens_on_any_number_of_ranks(overrid
     config = ["model.attention_dropout=0.0", "train_on=assistant", "phases.0.proportions.en_cosmopedia=0.25"]
     config += ["phases.0.proportions.it_instructions=0.4", "max_duration=10ba"]
     main(overrides("one", *config))
-    runs = [("two", 2, []), ("four", 4, ["device_train_microbatch_tokens=32"])]
-    for name, ranks, more in runs:
-        code, output = finish(launch(ranks, *overrides(name, *config, *more)))
-        assert code == 0, output
-        for ours, theirs in zip(steps_of(tmp_path / name), steps_of(tmp_path / "one"), strict=True):
-            assert ours["digest"] == theirs["digest"]
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, ours["step"])
+    code, output = finish(launch(2, *overrides("two", *config, "device_train_microbatch_tokens=32")))
+    assert code == 0, output
+    for ours, theirs in zip(steps_of(tmp_path / "two"), steps_of(tmp_path / "one"), strict=True):
+        assert ours["digest"] == theirs["digest"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]  # four ranks: test_nodes.py
 
 
 @pytest.mark.chaos

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    nodes = []
+    nodes, folders = [], []
     for node in range(2):
         command = [
             *isolated(tmp_path / f"node{node}"),
@@ -39,7 +40,9 @@ def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> str:
             *("--base_rank", str(node * ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)),
             *(str(ROOT / "train/main.py"), *config, f"cache={tmp_path}/node{node}/cache"),
         ]
-        environment = {**os.environ, "TMPDIR": str(tmp_path / f"node{node}")}
+        # A short path: sockets lie below it, and their names may have no more than 107 characters.
+        folders.append(tempfile.mkdtemp(prefix="node"))
+        environment = {**os.environ, "TMPDIR": folders[-1]}
         nodes.append(
             subprocess.Popen(
                 command,
@@ -54,6 +57,8 @@ def launch_nodes(tmp_path: Path, config: list[str], ranks: int) -> str:
     for process in nodes:
         said.append(process.communicate(timeout=300)[0])
         assert process.returncode == 0, said[-1]
+    for folder in folders:
+        shutil.rmtree(folder)
     return said[0]
 
 

@@ -103,6 +103,7 @@ def test_runs_of_one_name_in_two_stores_share_nothing(overrides, tmp_path, monke
 
 
 @pytest.mark.usefixtures("s3")
+@pytest.mark.chaos  # four starts, each with uploaders that import Composer
 def test_a_run_that_goes_back_to_a_machine_finds_what_the_other_added(overrides, tmp_path, monkeypatch, capsys):
     main(overrides("whole", "max_duration=15ba"))
     remote = [*overrides("unused"), "save_folder=s3://bucket/a", "run_name=a"]

@@ -180,6 +180,7 @@ def test_each_step_trains_with_its_own_learning_rate_and_the_configs_optimizer(o
     assert (group["initial_lr"], group["weight_decay"]) == (0.01, 0.1)
 
 
+@pytest.mark.chaos  # not for its kills, but because compiling takes long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_trains_as_the_plain_one_with_few_graphs(overrides, tmp_path):
     config = ["model.attention_dropout=0.0", "model.num_hidden_layers=1", "max_duration=18ba"]  # three lengths
