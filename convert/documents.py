@@ -30,9 +30,13 @@ class Document:
     assistant: tuple[bool, ...] = ()
 
     @property
-    def content(self) -> str:
-        """All text of the document, for hashing."""
-        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+    def texts(self) -> tuple[str, ...]:
+        """The pieces that are text; together they are the document's content."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,10 @@ class _Reject(Exception):
     """Raised inside this module with the reason; `read` turns it into `Dropped`."""
 
 
-def parse_line(raw: bytes) -> dict[str, Any] | Dropped | None:
-    """One JSONL line (without a byte-order mark) as an object; `None` for a blank line."""
-    if not raw or raw.isspace():
-        return None
+def parse_line(line: str) -> dict[str, Any] | Dropped:
+    """One JSONL line (without a byte-order mark) as an object."""
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Dropped("rejected", "invalid_utf8")
+        value = json.loads(line)
     except (ValueError, RecursionError):  # bad JSON, an integer of thousands of digits, absurd nesting
         return Dropped("rejected", "unparseable")
     return value if isinstance(value, dict) else Dropped("rejected", "not_an_object")

@@ -7,6 +7,7 @@ retries for reading, which can sleep for half an hour, are set to one.
 """
 
 import functools
+import io
 import os
 import re
 import time
@@ -35,6 +36,11 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
     """
     assert source.hub is not None
     name = source.hub
+    if os.path.exists(name):  # which `datasets` would read in the set's place
+        raise UserError(
+            f"{where}: {name}: a folder of that name in {os.getcwd()} stands in the way of the hub's set: run from "
+            "another folder, or rename it"
+        )
     retries = min(retries, OPENING)
     sha, sizes, module, files = _attempts(lambda: _resolve(where, source), name, retries)
     spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0)) for file in files]
@@ -68,8 +74,8 @@ def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
     if is_jsonl(span.file):
         from huggingface_hub import HfFileSystem
 
-        with HfFileSystem().open(span.file, "rb") as file:
-            yield from jsonl_rows(span, start, file)
+        with HfFileSystem().open(span.file, "rb") as file:  # whose own `readline` knows no limit
+            yield from jsonl_rows(span, start, io.BufferedReader(file, 1 << 20))
         return
     number = start.number
     stream = _stream(span.file, [column] if column else None)
@@ -82,7 +88,9 @@ def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
     for table in bounded(tables, _BATCH_ROWS, start.number):
         for batch in table.select(names or table.column_names).to_batches():
             for value in columns_as_rows(batch):
-                yield Row(value, value, number, 0.0, Position(number + 1))
+                row = Row(value, value, number, 0.0, Position(number + 1))
+                del value
+                yield row
                 number += 1
 
 

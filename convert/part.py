@@ -40,11 +40,14 @@ Report = Callable[[Progress], None]
 Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
 
 
-def split_of(content: str, eval_fraction: float) -> str:
-    """`eval` for a fixed share of all texts, by their content alone, so that equal documents fall together."""
+def split_of(document: Document, eval_fraction: float) -> str:
+    """`eval` for a fixed share of all documents, by their text alone, so that equal ones fall together."""
     import xxhash
 
-    return "eval" if xxhash.xxh3_64_intdigest(content.encode()) < eval_fraction * 2**64 else "train"
+    digest = xxhash.xxh3_64()
+    for text in document.texts:
+        digest.update(text.encode())
+    return "eval" if digest.intdigest() < eval_fraction * 2**64 else "train"
 
 
 def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
@@ -127,17 +130,18 @@ class _Part:
         start = Position(self.state.number, self.state.offset)
         for index in range(self.state.span, len(self.part.spans)):
             for row in rows(self.part.spans[index], self.plan.column, start, self.build.retries):
-                found = (
-                    row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
-                )
-                # short, where the row may be long
-                row.raw = self._reject_line(index, row, found) if isinstance(found, Dropped) else None
-                row.value = None
-                yield index, row, found
+                yield index, row, self._document(index, row)
             start = Position()
 
+    def _document(self, span: int, row: Row) -> Document | Dropped | None:
+        """What a row holds; of the row itself stays its reject line at most, which is short where the row is long."""
+        found = row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
+        row.raw = self._reject_line(span, row, found) if isinstance(found, Dropped) else None
+        row.value = None
+        return found
+
     def _add(self, batch: list[Found], limit: int | None) -> Progress:
-        """Count, encode and pack a batch, up to the document that reaches `limit`."""
+        """Count, encode and pack a batch, up to the document that reaches `limit`; empties `batch`."""
         encoded = iter(self.encoder.encode([found for _, _, found in batch if isinstance(found, Document)]))
         state, before = self.state, self.state.splits["train"].tokens
         bytes_before = state.bytes
@@ -154,10 +158,12 @@ class _Part:
                 state.filtered["too_few_tokens"] = state.filtered.get("too_few_tokens", 0) + 1
                 continue
             state.max_token_id = max(state.max_token_id, int(ids.max()))
-            self.splits[split_of(found.content, self.build.eval_fraction)].add(ids, mask)
+            self.splits[split_of(found, self.build.eval_fraction)].add(ids, mask)
             if limit is not None and state.splits["train"].tokens >= limit:
                 state.limit = limit
                 break
+        found = None
+        batch.clear()  # a long text is not kept beside the blocks it became
         for split in self.splits.values():
             split.take()
         return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
@@ -181,7 +187,7 @@ class _Part:
         if dropped.kind == "filtered":
             return None
         file = self.part.spans[span].file
-        line = reject_line(file, "line" if is_jsonl(file) else "row", row.number, dropped.reason, row.raw)
+        line = reject_line(file, "line" if is_jsonl(file) else "row", dropped.reason, row)
         # the span's place goes along: lines of a range are counted from its start until all parts are known
         return b"%d " % span + line
 
@@ -213,7 +219,8 @@ def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
     characters = 0
     for item in found:
         batch.append(item)
-        characters += len(item[2].content) if isinstance(item[2], Document) else _size(item[1].raw)
+        characters += item[2].characters if isinstance(item[2], Document) else _size(item[1].raw)
+        del item  # or its text would live on beside the blocks it becomes
         if characters >= BATCH_CHARS or len(batch) >= BATCH_ROWS:
             yield batch
             batch, characters = [], 0

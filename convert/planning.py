@@ -44,10 +44,13 @@ def current_plan(settings: BuildSettings, work: Path, output: Output, digest: st
         if not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", found))
     older = [old["streams"] for old in (plan, manifest_of(output)) if old]
+    new = make_plan(settings)  # first: nothing is removed for sources that do not open
     output.clear(sorted({*settings.streams, *(name for streams in older for name in streams)}), settings.rebuild)
     (work / "plan.json").unlink(missing_ok=True)
     shutil.rmtree(work / "parts", ignore_errors=True)
-    return make_plan(settings, work)
+    write_file(work / "tokenizer.json", tokenizer_file(settings.tokenizer.path).read_bytes())
+    write_file(work / "plan.json", plan_bytes(new))
+    return new
 
 
 def finished(settings: BuildSettings, output: Output, digest: str) -> bool:
@@ -111,18 +114,15 @@ def changes(old: Json, settings: BuildSettings, digest: str) -> list[str]:
     return found
 
 
-def make_plan(settings: BuildSettings, work: Path) -> Json:
-    """Open every stream's source and write `work/plan.json` (and the tokenizer the build will use)."""
+def make_plan(settings: BuildSettings) -> Json:
+    """What every stream reads and how, from opening its source. Raises `UserError` where one does not open."""
     encoder = Encoder.from_settings(settings.tokenizer)
-    plan: Json = {
+    return {
         "settings": identity(settings),
         "running": asdict(settings),
         "tokenizer": describe_tokenizer(settings, encoder),
         "streams": {name: _plan_stream(name, settings) for name in settings.streams},
     }
-    write_file(work / "tokenizer.json", tokenizer_file(settings.tokenizer.path).read_bytes())
-    write_file(work / "plan.json", plan_bytes(plan))
-    return plan
 
 
 def plan_bytes(plan: Json) -> bytes:
@@ -162,8 +162,8 @@ def _sample(where: str, stream: StreamSettings, opened: Opened, encoder: Encoder
             wrong[found.reason] = wrong.get(found.reason, 0) + 1
             keys = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else "no fields"
         if isinstance(found, Document):
-            yield found.content[:SAMPLE_CHARS]
-            texts, characters = texts + 1, characters + len(found.content)
+            yield "".join(text[:SAMPLE_CHARS] for text in found.texts)
+            texts, characters = texts + 1, characters + found.characters
             if texts == SAMPLE_DOCUMENTS or characters >= SAMPLE_CHARS:
                 return
     if seen and sum(wrong.values()) == seen:

@@ -50,10 +50,11 @@ class Row:
     """One row; who has read it may set `value` and `raw` to `None`, so that a long line is in memory once."""
 
     value: object  # a mapping of columns, `Dropped` where none could be read, `None` for a blank line
-    raw: object  # what a reject file shows: the line's bytes, or the mapping
+    raw: object  # what a reject file shows: the line's first `RAW_SHOWN` bytes, or the mapping
     number: int  # row of the file, from 0; for JSONL the line, from 1 at the span's start
     size: float  # share of `Span.bytes`
     after: Position
+    length: int = 0  # bytes of a JSONL line
 
 
 def rows_of_file(span: Span, column: str | None, start: Position) -> Iterator[Row]:
@@ -104,7 +105,9 @@ def _parquet_rows(span: Span, column: str | None, start: Position) -> Iterator[R
             number = max(start.number, passed)
             for batch in bounded(read, max(1, min(_BATCH_ROWS, _BATCH_BYTES // size)), number - passed):
                 for value in columns_as_rows(batch):
-                    yield Row(value, value, first + number, share, Position(number + 1))
+                    row = Row(value, value, first + number, share, Position(number + 1))
+                    del value
+                    yield row
                     number += 1
             passed += in_group
 
@@ -114,10 +117,14 @@ def bounded(read: Callable[..., Iterator[Any]], rows: int, skip: int) -> Iterato
 
     `read(batch_size=n)` gives them from the start.
     """
+    import pyarrow as pa
+
     for size in dict.fromkeys((rows, 1)):
         begin = 0
         for batch in read(batch_size=size):
             end = begin + batch.num_rows
+            if batch.nbytes > LARGE_BATCH:
+                pa.default_memory_pool().release_unused()  # what reading it took, several times its size
             if end > skip:
                 yield batch.slice(skip - begin) if skip > begin else batch
                 skip = end
@@ -164,12 +171,18 @@ def jsonl_rows(span: Span, start: Position, below: BinaryIO) -> Iterator[Row]:
         size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
         after = Position(number, offset)
         if line is None:
-            value: object = Dropped("rejected", "line_too_long")
-        else:
-            line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
-            value = parse_line(line)
-        row = Row(value, line, number, size, after)
-        del value, line
+            yield Row(Dropped("rejected", "line_too_long"), None, number, size, after)
+            continue
+        line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
+        row = Row(None, line[:RAW_SHOWN], number, size, after, len(line))
+        if line and not line.isspace():
+            try:
+                text = line.decode()
+                del line  # a character beyond U+FFFF makes the text of a long line four times as large
+                row.value = parse_line(text)
+                del text
+            except UnicodeDecodeError:
+                row.value = Dropped("rejected", "invalid_utf8")
         yield row
 
 
@@ -247,16 +260,18 @@ class _Zstd(io.RawIOBase):
         return size
 
 
-def reject_line(file: str, key: str, number: int, reason: str, raw: object) -> bytes:
+def reject_line(file: str, key: str, reason: str, row: Row) -> bytes:
     """One line of a reject file; bytes that are not UTF-8 stand as `\\udcXX` escapes (Python's surrogateescape).
 
     Of a row longer than `RAW_SHOWN` only the beginning is shown, and `raw_length` says how long it is.
     """
+    raw, length = row.raw, row.length
     if raw is not None and not isinstance(raw, bytes):
         raw = json.dumps(raw, default=_text, ensure_ascii=False)
-    entry = {"file": file, key: number, "reason": reason, "raw": raw[:RAW_SHOWN] if raw is not None else None}
-    if raw is not None and len(raw) > RAW_SHOWN:
-        entry["raw_length"] = len(raw)
+        length = len(raw)
+    entry = {"file": file, key: row.number, "reason": reason, "raw": raw[:RAW_SHOWN] if raw is not None else None}
+    if length > RAW_SHOWN:
+        entry["raw_length"] = length
     return json.dumps(entry, default=_text).encode() + b"\n"
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,18 +104,25 @@ def _shards(folder: Path) -> dict[str, str]:
 
 
 def kill_until_done(
-    settings: dict[str, Any],
-    folder: Path,
-    rng: random.Random,
-    seconds: tuple[float, float],
-    most: int,
-    **environment: str,
+    settings: dict[str, Any], folder: Path, rng: random.Random, most: int, start: float = 2.0, **environment: str
 ) -> int:
-    """Kill the builder (its workers die with it) again and again, then let it end; how often it was killed."""
+    """Kill the builder (its workers die with it) again and again, then let it end; how often it was killed.
+
+    A kill comes within `start` seconds, whatever the builder is at, or within a moment of some shard it makes.
+    """
+    places = [Path(place) for place in (settings["output"], settings.get("work")) if place and "://" not in place]
+
+    def shards() -> int:
+        names = (name for place in places for _, _, names in os.walk(place) for name in names)
+        return sum(name.startswith("shard.") for name in names)
+
     for kills in range(most):
+        wanted = shards() + rng.randrange(1, 20) if rng.random() < 0.7 else 0
         process = builds.start(settings, folder, **environment)
+        while wanted and process.poll() is None and shards() < wanted:
+            time.sleep(0.002)
         try:
-            said, _ = process.communicate(timeout=rng.uniform(*seconds))
+            said, _ = process.communicate(timeout=rng.uniform(0, 0.1) if wanted else rng.uniform(0, start))
             assert process.returncode == 0, said
             return kills
         except builds.subprocess.TimeoutExpired:
@@ -126,8 +134,8 @@ def kill_until_done(
 
 
 def test_killed_builds_end_in_the_same_bytes(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:
-    rng = random.Random(5)
-    kill_until_done(builds.config(sources, tmp_path / "out"), tmp_path, rng, (1.0, 4.0), most=3)
+    settings = builds.config(sources, tmp_path / "out")
+    assert kill_until_done(settings, tmp_path, random.Random(5), most=3) > 0
     assert builds.tree(tmp_path / "out") == wanted
 
 
@@ -185,7 +193,7 @@ def test_chaos_kills_of_local_builds(sources: Path, wanted: dict[str, str], tmp_
         folder = tmp_path / f"round{rounds}"
         folder.mkdir()
         settings = builds.config(sources, folder / "out", workers=rng.choice([1, 2, 3]))
-        kills += kill_until_done(settings, folder, rng, (0.5, 6.0), most=8)
+        kills += kill_until_done(settings, folder, rng, most=8)
         assert builds.tree(folder / "out") == wanted
         rounds += 1
     print(f"\nlocal: {kills} kills over {rounds} builds, each ended byte-identical")

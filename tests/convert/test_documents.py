@@ -21,24 +21,20 @@ def rejected(reason: str) -> Dropped:
 
 
 @pytest.mark.parametrize(
-    ("raw", "expected"),
+    ("line", "expected"),
     [
-        (b'{"text": "a"}', {"text": "a"}),
-        (b'{"text": "a"}\r', {"text": "a"}),
-        (b"", None),
-        (b" \t\r", None),
-        (b'{"text": ', rejected("unparseable")),
-        (b"[" * 100_000, rejected("unparseable")),
-        (b'{"n": ' + b"9" * 5000 + b"}", rejected("unparseable")),
-        (b'["a"]', rejected("not_an_object")),
-        (b'"text"', rejected("not_an_object")),
-        (b"null", rejected("not_an_object")),
-        (b'{"text": "\xff"}', rejected("invalid_utf8")),
-        (b'{"text": "\xed\xa0\x80"}', rejected("invalid_utf8")),  # a surrogate in UTF-8
+        ('{"text": "a"}', {"text": "a"}),
+        ('{"text": "a"}\r', {"text": "a"}),
+        ('{"text": ', rejected("unparseable")),
+        ("[" * 100_000, rejected("unparseable")),
+        ('{"n": ' + "9" * 5000 + "}", rejected("unparseable")),
+        ('["a"]', rejected("not_an_object")),
+        ('"text"', rejected("not_an_object")),
+        ("null", rejected("not_an_object")),
     ],
 )
-def test_a_line_is_an_object_blank_or_rejected(raw: bytes, expected: object) -> None:
-    assert parse_line(raw) == expected
+def test_a_line_is_an_object_or_rejected(line: str, expected: object) -> None:
+    assert parse_line(line) == expected
 
 
 @pytest.mark.parametrize(
@@ -85,7 +81,7 @@ def test_messages_keep_their_roles_and_order() -> None:
     roles = ["system", "user", "assistant", "user", "assistant"]
     found = CHAT.read({"messages": [{"role": role, "content": f"c{i}"} for i, role in enumerate(roles)]})
     assert isinstance(found, Document)
-    assert found.content == "\n".join(f"{role}\nc{i}" for i, role in enumerate(roles))
+    assert "".join(found.texts) == "\n".join(f"{role}\nc{i}" for i, role in enumerate(roles))
     said = [piece for piece, flag in zip(found.pieces, found.assistant, strict=True) if flag]
     assert said == ["c2", E, "c4", E]
 
@@ -152,13 +148,13 @@ keys = st.sampled_from(["messages", "instruction", "input", "output", "text", "r
 
 @given(st.dictionaries(keys, json_values | st.lists(st.dictionaries(keys, json_values, max_size=3), max_size=3)))
 def test_any_object_is_a_document_or_dropped_with_a_reason(row: dict[str, object]) -> None:
-    parsed = parse_line(json.dumps(row).encode())
+    parsed = parse_line(json.dumps(row))
     assert parsed == row
     for reader in (TEXT, CHAT):
         found = reader.read(row)
         if isinstance(found, Document):
-            found.content.encode("utf-8")
-            assert "\0" not in found.content
+            "".join(found.texts).encode("utf-8")
+            assert "\0" not in "".join(found.texts)
             assert len(found.assistant) in (0, len(found.pieces))
         else:
             assert found.reason.replace("_", "").isalpha()

@@ -1,6 +1,7 @@
 """Bounds: a full disk, memory under one enormous line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,21 +36,26 @@ def test_a_full_disk_is_one_clear_line_and_the_build_goes_on_when_there_is_room(
     assert builds.tree(tmp_path / "copy") == builds.tree(tmp_path / "roomy")
 
 
-def test_a_line_of_100_mb_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
-    text = "perché la città è più bella, 東京 non lo è. " * 2_000_000
+MIXED = "perché la città è più bella, 東京 non lo è. " * 2_000_000
+WIDE = "Why does the river bend where the hill is soft? " * 2_090_000 + "😀"  # 4 bytes a character in Python
+
+
+@pytest.mark.parametrize(("form", "text"), [("text", MIXED), ("chatml", WIDE)], ids=["text", "chatml"])
+def test_a_line_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, form: str, text: str) -> None:
     assert len(text.encode()) > 100e6
-    (tmp_path / "in.jsonl").write_bytes(builds.jsonl([{"text": builds.PROSE}, {"text": text}, {"text": builds.PROSE}]))
-    del text
+    texts = [builds.PROSE, text, builds.PROSE]
+    rows = [{"instruction": "Say it.", "output": text} if form == "chatml" else {"text": text} for text in texts]
+    (tmp_path / "in.jsonl").write_bytes(builds.jsonl(rows))
     settings = builds.config(
         tmp_path, tmp_path / "out", block_len=1024, shard_bytes=32 << 20, part_bytes=64 << 20, workers=1
     )
-    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/in.jsonl"]}]}}
-    assert peak(settings, tmp_path) < GIB
+    settings["streams"] = {"s": {"format": form, "sources": [{"files": [f"{tmp_path}/in.jsonl"]}]}}
+    assert peak(settings, tmp_path) < 10**9
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]
     assert manifest["rows"]["documents"] == 3
 
 
-def peak(settings: dict[str, Any], folder: Path) -> int:
+def peak(settings: dict[str, Any], folder: Path, **environment: str) -> int:
     """Bytes a build takes: of the builder and its worker, whichever took more."""
     (folder / "shards.yaml").write_text(json.dumps(settings))
     measure = (
@@ -57,7 +63,13 @@ def peak(settings: dict[str, Any], folder: Path) -> int:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     command = [sys.executable, f"{builds.ROOT}/convert/build_shards.py", str(folder / "shards.yaml")]
-    found = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", measure, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
     assert found.returncode == 0, found.stderr
     return int(found.stdout) * 1024
 

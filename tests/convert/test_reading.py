@@ -41,6 +41,15 @@ def test_any_cut_of_a_jsonl_file_gives_each_line_once(
     assert len(whole) == len(body.split(b"\n")) - (not body or body.endswith(b"\n"))
 
 
+def test_blank_lines_hold_nothing_and_bad_utf8_costs_one_line(tmp_path: Path) -> None:
+    surrogate = b'{"text": "\xed\xa0\x80"}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b"", b" \t\r", b'{"text": "\xff"}', surrogate, b'{"text": "a"}']))
+    rejected = Dropped("rejected", "invalid_utf8")
+    rows = list(rows_of_file(Span("jsonl", str(tmp_path / "a.jsonl"), 0, None, 9), "text", START))
+    assert [row.value for row in rows] == [None, None, rejected, rejected, {"text": "a"}]
+    assert [row.raw for row in rows[2:4]] == [b'{"text": "\xff"}', surrogate]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_reading_starts_again_behind_any_row(tmp_path: Path, suffix: str) -> None:
     body = b"".join(b'{"text": "%d"}\n' % i + b"\n" * (i % 3) for i in range(40))

@@ -114,6 +114,16 @@ def test_rebuild_removes_nothing_while_a_file_of_the_users_is_in_the_way(sources
     assert builds.tree(tmp_path / "out") == before
 
 
+def test_rebuild_removes_nothing_for_sources_that_do_not_open(sources: Path, tmp_path: Path) -> None:
+    settings = settings_for(sources, tmp_path / "out")
+    builds.build_here(settings)
+    before = builds.tree(tmp_path / "out")
+    settings["streams"]["columns"] = {"sources": [{"files": [str(tmp_path / "missing.parquet")]}]}
+    with pytest.raises(UserError, match=r"streams\.columns: no source opens"):
+        builds.build_here({**settings, "rebuild": True})
+    assert builds.tree(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("name", ["rejects", "tokenizer"])
 def test_a_stream_may_not_take_the_name_of_another_folder(sources: Path, tmp_path: Path, name: str) -> None:
     settings = settings_for(sources, tmp_path / "out")
