@@ -8,6 +8,7 @@ import argparse
 import json
 import pickle
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -29,14 +30,21 @@ CHAT_TEMPLATE = (
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="export_hf.py", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="ep…-ba…-rank0.pt, or latest-rank0.pt")
+    parser.add_argument("checkpoint", help="ep…-ba…-rank0.pt or latest-rank0.pt, a file or the URI of one")
     parser.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
     check_stack()
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty: give a new folder")
-    export(args.checkpoint, args.out, args.dtype)
+    if "://" not in args.checkpoint:
+        export(Path(args.checkpoint), args.out, args.dtype)
+    else:
+        from train.run_store import fetch
+
+        with tempfile.TemporaryDirectory(prefix="chimera-export-") as folder:
+            fetch(args.checkpoint, fetched := Path(folder, "checkpoint.pt"))
+            export(fetched, args.out, args.dtype)
     say(f"{args.out}: model, tokenizer and card written; it loads, and its logits are the checkpoint's")
     return 0
 

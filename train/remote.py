@@ -1,5 +1,6 @@
 """Files from wherever streaming can read: s3://, gs://, azure://, oci://, …, and file:// for a mounted folder."""
 
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -8,7 +9,7 @@ from chimera.cli import one_line
 
 ATTEMPTS = 3
 TIMEOUT = 60.0  # seconds without an answer
-MISSING = ("404", "nosuchkey", "not found", "notfound")
+MISSING = re.compile(r"(?<![\w./-])404(?!\w)|nosuchkey|not ?found", re.IGNORECASE)  # not the 404 of a shard's name
 
 _clients = threading.local()  # one downloader a thread and scheme: their clients are slow to make, and not shared
 
@@ -36,7 +37,7 @@ def download(url: str, to: Path) -> None:
             answer = getattr(error, "response", None)  # botocore's
             if isinstance(answer, dict) and answer.get("Error", {}).get("Code") == "403":  # streaming says "not found"
                 raise OSError("access denied (403): check the credentials and their permissions") from None
-            if isinstance(error, FileNotFoundError) or any(word in what.lower() for word in MISSING):
+            if isinstance(error, FileNotFoundError) or MISSING.search(what):
                 raise FileNotFoundError(what) from None
             if attempt == ATTEMPTS or isinstance(error, ImportError | ValueError):
                 raise OSError(what) from None

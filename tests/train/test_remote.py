@@ -69,6 +69,16 @@ def test_a_server_that_comes_back_is_read_on(s3: S3Server, tmp_path: Path) -> No
         check(record)
 
 
+@pytest.mark.usefixtures("s3")
+def test_a_shards_number_is_not_taken_for_the_answer_404(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")  # nobody listens: the error names the address in full
+    remote.forget_clients()
+    with pytest.raises(OSError, match=r"shard\.00404") as error:
+        remote.download("s3://bucket/shard.00404.mds", tmp_path / "shard.mds")
+    assert not isinstance(error.value, FileNotFoundError)
+    remote.forget_clients()
+
+
 def test_a_shard_missing_in_the_store_is_named_and_no_secret_is(s3: S3Server, tmp_path: Path) -> None:
     (s3.root / "bucket" / "shards" / "it" / "train" / "shard.00003.mds.zstd").unlink()
     with pytest.raises(UserError, match=r"shard s3://bucket/shards/it/train/shard.00003.mds.zstd cannot be fetched"):

@@ -10,6 +10,7 @@ import pytest
 from chimera.cli import UserError
 from tests.convert.s3_server import S3Server
 from tests.train.conftest import steps_of, weights_of
+from train.export_hf import main as export
 from train.main import main
 from train.run_store import run_folder
 
@@ -75,6 +76,11 @@ def test_checkpoints_in_an_object_store_resume_past_a_damaged_one(overrides, tmp
     assert local == run_folder("a", "s3://bucket/runs/a")
     assert steps_of(local) == steps_of(tmp_path / "whole")
     assert not list(local.glob("*.pt")) + list(local.glob(".fetched*")), "a fetched checkpoint does not stay"
+
+    assert export(["s3://bucket/runs/a/latest-rank0.pt", str(tmp_path / "hf")]) == 0
+    assert "after 20 steps" in (tmp_path / "hf" / "README.md").read_text()
+    with pytest.raises(UserError, match=r"checkpoint s3://bucket/runs/a/ep0-ba7-rank0\.pt cannot be fetched"):
+        export(["s3://bucket/runs/a/ep0-ba7-rank0.pt", str(tmp_path / "none")])
 
     branch = overrides("branch", "load_path=s3://bucket/runs/a/latest-rank0.pt", "min_start_step=20")
     main([*branch, "max_duration=22ba"])
