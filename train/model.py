@@ -147,9 +147,10 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
             model = AutoModelForCausalLM.from_pretrained(
                 pretrained,
                 local_files_only=True,
+                trust_remote_code=False,
                 torch_dtype=torch.float32,
                 attn_implementation=attention,
-                **options,
+                **_changes(pretrained, options),
             )
             if model.get_input_embeddings().num_embeddings < vocab_size:
                 model.resize_token_embeddings(padded, mean_resizing=False)
@@ -159,9 +160,12 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
                 raise UserError("setting `model` needs `model_type` (llama, ...) or `pretrained: FOLDER`")
             options.setdefault("vocab_size", padded)
             known = set(AutoConfig.for_model(model_type).to_dict())
-            for key in options:
-                if key not in known:
-                    raise UserError(f"setting `model.{key}` is unknown to transformers' {model_type} configuration")
+            for key in sorted(options.keys() - known):
+                if options.pop(key) is not None:  # null takes back what a `base` says for another model type
+                    raise UserError(
+                        f"setting `model.{key}` is unknown to transformers' {model_type} configuration: correct it, or "
+                        "set it to null if it comes from a `base`"
+                    )
             config = AutoConfig.for_model(
                 model_type,
                 **{
@@ -182,6 +186,25 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
     if settings.liger:
         _apply_liger(model)
     return CausalLM(model)
+
+
+def _changes(pretrained: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What `options` may change in a model folder's configuration: dropout.
+
+    Raises `UserError` for anything else the folder does not say itself: with other heads, say, its weights may still
+    fit, and mean nothing.
+    """
+    config = AutoConfig.from_pretrained(pretrained, local_files_only=True, trust_remote_code=False).to_dict()
+    given = {key: value for key, value in options.items() if value is not None}
+    changes = {key: value for key, value in given.items() if key.endswith("dropout") and key in config}
+    other = [key for key in sorted(given.keys() - changes) if key not in config or config[key] != given[key]]
+    if other:
+        shown = ", ".join(f"{key} ({given[key]!r} here, {config.get(key)!r} there)" for key in other)
+        raise UserError(
+            f"setting `model` differs from what {pretrained} says of itself: {shown}: leave these out, or set them to "
+            "null where they come from a `base`"
+        )
+    return changes
 
 
 def _apply_liger(model: PreTrainedModel) -> None:

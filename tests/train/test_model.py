@@ -180,6 +180,23 @@ def test_a_model_is_read_from_a_local_folder_and_its_vocabulary_grown(tmp_path):
     assert torch.equal(again.model.get_input_embeddings().weight[:128], old)
 
 
+def test_a_model_folder_says_itself_what_it_is(tmp_path):
+    tiny().model.save_pretrained(tmp_path)
+
+    def build(**options):
+        return build_model(TrainSettings(model={"pretrained": str(tmp_path), **options}), 100, eos_id=0, pad_id=1)
+
+    with pytest.raises(UserError, match=r"num_attention_heads \(4 here, 2 there\), rotary \(1 here, None there\)"):
+        build(num_attention_heads=8, rotary=1, attention_dropout=0.1, hidden_size=None)
+    assert build(attention_dropout=0.1, num_attention_heads=None).model.config.attention_dropout == 0.1
+
+
+def test_null_takes_back_what_a_base_says_for_another_model_type():
+    with pytest.raises(UserError, match=r"model\.rotary` is unknown .* set it to null"):
+        tiny(rotary=1)
+    assert tiny(rotary=None).model.config.model_type == "llama"
+
+
 def test_a_token_beyond_the_vocabulary_is_found_before_training():
     check_tokens({"a": {"max_token_id": 99}}, ["a"], 100)
     with pytest.raises(UserError, match="stream `a` holds token id 100"):
