@@ -186,7 +186,7 @@ def test_a_model_folder_says_itself_what_it_is(tmp_path):
     def build(**options):
         return build_model(TrainSettings(model={"pretrained": str(tmp_path), **options}), 100, eos_id=0, pad_id=1)
 
-    with pytest.raises(UserError, match=r"num_attention_heads \(4 here, 2 there\), rotary \(1 here, None there\)"):
+    with pytest.raises(UserError, match=r"num_attention_heads \(8 here, 4 there\), rotary \(1 here, None there\)"):
         build(num_attention_heads=8, rotary=1, attention_dropout=0.1, hidden_size=None)
     assert build(attention_dropout=0.1, num_attention_heads=None).model.config.attention_dropout == 0.1
 
