@@ -103,7 +103,22 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
         key = getattr(error, "full_key", None) or "?"
         reason = str(getattr(error, "msg", None) or error).split("\n")[0]
         raise UserError(f"{path}: setting `{key}`: {reason}") from None
+    except TypeError:  # OmegaConf's, which does not say where
+        key = _of_another_kind(schema, config)
+        raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
     return settings  # type: ignore[return-value]
+
+
+def _of_another_kind(schema: type, config: Any) -> str:
+    """The first key of `config` that cannot be merged into `schema`."""
+    from omegaconf import OmegaConf
+
+    for key in config:
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.masked_copy(config, [key]))
+        except TypeError:
+            return str(key)
+    return "?"
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:

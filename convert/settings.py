@@ -166,9 +166,11 @@ def _check_build(settings: BuildSettings) -> None:
         raise UserError(f"block_len: {settings.block_len} must be a multiple of 8")
     for key in ("shard_bytes", "part_bytes", "retries"):
         _positive(key, getattr(settings, key))
+    if settings.part_bytes < 1024:
+        raise UserError(f"part_bytes: {settings.part_bytes} must be at least 1024")
     if settings.shard_bytes >= 1 << 31:
         raise UserError(f"shard_bytes: {settings.shard_bytes} must be below 2147483648 (MDS offsets are 32 bits)")
-    if settings.stall_after <= 0:
+    if not settings.stall_after > 0:  # nan neither
         raise UserError(f"stall_after: {settings.stall_after} must be above 0 seconds")
     if settings.engine not in ENGINES:
         raise UserError(f"engine: `{settings.engine}` must be one of {', '.join(ENGINES)}")
@@ -199,6 +201,10 @@ def _check_stream(where: str, stream: StreamSettings) -> None:
     for index, source in enumerate(stream.sources):
         if bool(source.hub) == bool(source.files):
             raise UserError(f"{where}.sources.{index}: give either `hub` or `files`")
+        if not all(isinstance(file, str) and file for file in source.files):
+            raise UserError(f"{where}.sources.{index}.files: {source.files} must be paths")
+        if source.files and (source.subset, source.split, source.revision) != (None, "train", None):
+            raise UserError(f"{where}.sources.{index}: `subset`, `split` and `revision` are for `hub`; files have none")
 
 
 def _positive(key: str, value: object) -> None:

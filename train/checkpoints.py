@@ -147,8 +147,11 @@ def lock_folder(folder: Path, patience: float = 60) -> Any:
     Waits up to `patience` seconds for a run that is on its way out (it was sent SIGTERM, say), then raises
     `UserError`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"save_folder {folder} cannot be written to: {error.strerror}") from None
     deadline, said = time.monotonic() + patience, False
     while True:
         try:

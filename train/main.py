@@ -188,6 +188,8 @@ def build_trainer(
     restore = RestoreRandomState()
     on_gpu = device.name == "gpu"
     precision = settings.precision if settings.precision != "auto" else ("amp_bf16" if on_gpu else "fp32")
+    if precision != "fp32" and not on_gpu:
+        raise UserError(f"setting `precision: {precision}` needs a GPU, and none is found: take auto or fp32")
     tokens_at_once = microbatch(settings, plan, dist.get_world_size(), on_gpu)
     callbacks = [
         restore,

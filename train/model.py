@@ -137,7 +137,10 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
     attention = settings.attn_implementation
     if attention in ("flex_attention", "flash_attention_2") and not torch.cuda.is_available():
         raise UserError(f"setting `attn_implementation: {attention}` needs a GPU, and none is found: take sdpa")
-    if int(options.get("vocab_size", padded)) < vocab_size:
+    size = padded if options.get("vocab_size") is None else options["vocab_size"]
+    if type(size) is not int:
+        raise UserError(f"setting `model.vocab_size` is {size!r}; it is a whole number")
+    if size < vocab_size:
         raise UserError(
             f"setting `model.vocab_size` is {options['vocab_size']}, but the shards' tokenizer makes ids up to "
             f"{vocab_size - 1}: leave it out (it becomes {padded}) or set it to at least {vocab_size}"
@@ -158,7 +161,7 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
             model_type = options.pop("model_type", None)
             if model_type is None:
                 raise UserError("setting `model` needs `model_type` (llama, ...) or `pretrained: FOLDER`")
-            options.setdefault("vocab_size", padded)
+            options["vocab_size"] = size
             known = set(AutoConfig.for_model(model_type).to_dict())
             for key in sorted(options.keys() - known):
                 if options.pop(key) is not None:  # null takes back what a `base` says for another model type
@@ -176,8 +179,10 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
                 },
             )
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
-        raise UserError(f"setting `model`: {one_line(error)[:300]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever sizes that do not fit together raise
+        raise UserError(f"setting `model`: {type(error).__name__}: {one_line(error)[:300]}") from None
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):
             module._fsdp_wrap = True  # what Composer's FSDP gathers at a time; without it, the whole model at once

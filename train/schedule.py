@@ -22,6 +22,8 @@ import numpy.typing as npt
 from chimera.cli import UserError
 from train.word import MAX_WORD, Word
 
+MAX_STEPS = 10**12  # numbers of blocks and sequences stay far within 64 bits
+
 
 class ScheduleError(UserError):
     """Settings that no exact plan exists for; the message says which, and the nearest that work."""
@@ -249,8 +251,10 @@ def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_le
     if not phases or not stages:
         raise ScheduleError("a plan needs at least one phase and one stage")
     names = [phase.name for phase in phases]
-    if len(set(names)) < len(names):
-        raise ScheduleError(f"phases are named {', '.join(names)}: each needs a name of its own")
+    if len(set(names)) < len(names) or not all(names):
+        raise ScheduleError(f"phases are named {', '.join(map(repr, names))}: each needs a name of its own")
+    if sum(phase.steps for phase in phases) > MAX_STEPS:
+        raise ScheduleError(f"the phases have more than {MAX_STEPS:.0e} steps in all")
     for phase in phases:
         if phase.steps < 1 or phase.global_train_batch_size < 1:
             raise ScheduleError(
@@ -284,21 +288,16 @@ def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_le
 
 def _check_batch(where: str, phase: Phase, seq_len: int, longest: int, mode: str, block_len: int, lanes: int) -> int:
     """The sequences a step of a segment; refuses those that are no whole number or fill no whole blocks."""
-    scale = Fraction(longest, seq_len) if mode == "tokens" else Fraction(1)
-    size = phase.global_train_batch_size
-
-    def works(size: int) -> bool:
-        return (size * scale).denominator == 1 and size * scale * seq_len % (block_len * lanes) == 0
-
-    if not works(size):
-        unit = next(n for n in range(1, block_len * lanes + 1) if works(n))  # works(n) holds for its multiples
+    size, length = phase.global_train_batch_size, seq_len if mode == "sequences" else longest
+    unit = block_len * lanes // gcd(block_len * lanes, length)  # the least that fills whole blocks in every lane
+    if size % unit:
         near = [n for n in (size // unit * unit, (size // unit + 1) * unit) if n]
         each = f" in each of {lanes} lanes" if lanes > 1 else ""
         raise ScheduleError(
-            f"{where}: {size} sequences of {seq_len if mode == 'sequences' else longest} tokens do not fill whole "
-            f"blocks of {block_len}{each}; the nearest global_train_batch_size: {' or '.join(map(str, near))}"
+            f"{where}: {size} sequences of {length} tokens do not fill whole blocks of {block_len}{each}; the nearest "
+            f"global_train_batch_size: {' or '.join(map(str, near))}"
         )
-    return int(size * scale)
+    return size * length // seq_len
 
 
 def divisors(n: int) -> list[int]:

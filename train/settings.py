@@ -1,6 +1,7 @@
 """Typed settings of a training YAML (`phase*.yaml`), and the step plan they stand for."""
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,28 +129,37 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
     if not settings.curriculum.stages:
         raise UserError(f"{path}: setting `curriculum.stages` is empty; give one {{from_step: 0, seq_len: ...}}")
     microbatch = settings.device_train_microbatch_tokens
-    if microbatch != "auto" and (not isinstance(microbatch, int) or microbatch <= 0):
+    if microbatch != "auto" and (type(microbatch) is not int or microbatch <= 0):
         raise UserError(
             f"{path}: setting `device_train_microbatch_tokens` is {microbatch!r}; tokens as a whole number, or auto"
         )
-    least = {
-        "optimizer.lr": (settings.optimizer.lr, 0),
-        "optimizer.eps": (settings.optimizer.eps, 0),
-        "optimizer.weight_decay": (settings.optimizer.weight_decay, 0),
-        "scheduler.warmup_steps": (settings.scheduler.warmup_steps, 0),
-        "scheduler.decay_steps": (settings.scheduler.decay_steps, 0),
-        "seed": (settings.seed, 0),
-        "num_workers": (settings.num_workers, 0),
-        "predownload": (settings.predownload, 1),
-        "save_interval": (settings.save_interval, 0),
-        "eval.interval": (settings.eval.interval, 0),
-        "eval.blocks": (settings.eval.blocks, 1),
-        "generate.interval": (settings.generate.interval, 0),
-        "generate.max_new_tokens": (settings.generate.max_new_tokens, 1),
+    ranges: dict[str, tuple[float | None, float, float]] = {  # value, least, most
+        "optimizer.lr": (settings.optimizer.lr, 0, inf),
+        "optimizer.eps": (settings.optimizer.eps, 0, inf),
+        "optimizer.weight_decay": (settings.optimizer.weight_decay, 0, inf),
+        "optimizer.clip_norm": (settings.optimizer.clip_norm, 1e-12, inf),
+        "scheduler.warmup_steps": (settings.scheduler.warmup_steps, 0, inf),
+        "scheduler.decay_steps": (settings.scheduler.decay_steps, 0, inf),
+        "scheduler.final": (settings.scheduler.final, 0, 1),
+        "seed": (settings.seed, 0, 2**31),
+        "num_workers": (settings.num_workers, 0, 1024),
+        "predownload": (settings.predownload, 1, inf),
+        "save_interval": (settings.save_interval, 0, inf),
+        "min_start_step": (settings.min_start_step, 0, inf),
+        "max_passes": (settings.max_passes, 0, inf),
+        "tokens_per_second": (settings.tokens_per_second, 1e-12, inf),
+        "eval.interval": (settings.eval.interval, 0, inf),
+        "eval.blocks": (settings.eval.blocks, 1, inf),
+        "generate.interval": (settings.generate.interval, 0, inf),
+        "generate.max_new_tokens": (settings.generate.max_new_tokens, 1, 2**20),
+        "dist_timeout": (settings.dist_timeout, 1, 10**7),
     }
-    for key, (number, bound) in least.items():
-        if number < bound:
-            raise UserError(f"{path}: setting `{key}` is {number}; it is at least {bound}")
+    for key, (number, least, most) in ranges.items():
+        if number is not None and not least <= number <= most:  # nan is neither
+            raise UserError(f"{path}: setting `{key}` is {number}; it is {_range(least, most)}")
+    for key in ("run_name", "shards", "cache", "save_folder"):
+        if not getattr(settings, key):
+            raise UserError(f"{path}: setting `{key}` is empty")
     if settings.save_keep != -1 and settings.save_keep < 1:
         raise UserError(f"{path}: setting `save_keep` is {settings.save_keep}; at least 1, or -1 for all")
     betas = settings.optimizer.betas
@@ -161,6 +171,12 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
     return settings
 
 
+def _range(least: float, most: float) -> str:
+    """`at least 0`, `above 0`, `from 0 to 1`."""
+    low = "above 0" if 0 < least < 1 else f"at least {least}"
+    return low if most == inf else f"from {least} to {most}"
+
+
 def plan_of(settings: TrainSettings, block_len: int) -> "Plan":
     """The step plan of `settings` over blocks of `block_len` tokens; raises `UserError` where it has none."""
     from train.schedule import Phase, Stage, build_plan, proportion
@@ -170,7 +186,9 @@ def plan_of(settings: TrainSettings, block_len: int) -> "Plan":
             phase.name,
             phase.steps,
             {stream: proportion(share) for stream, share in phase.proportions.items()},
-            phase.global_train_batch_size or settings.global_train_batch_size,
+            settings.global_train_batch_size
+            if phase.global_train_batch_size is None
+            else phase.global_train_batch_size,
         )
         for phase in settings.phases
     ]

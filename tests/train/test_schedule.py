@@ -204,7 +204,7 @@ def test_what_is_not_exact_is_refused_with_the_remedy(changes: dict[str, object]
 
 def test_two_phases_of_one_name_are_refused() -> None:
     phases = [Phase("p", 4, shares({"a": 1}), 1), Phase("p", 4, shares({"b": 1}), 1)]
-    with pytest.raises(ScheduleError, match="phases are named p, p: each needs a name of its own"):
+    with pytest.raises(ScheduleError, match="phases are named 'p', 'p': each needs a name of its own"):
         build_plan(phases, [Stage(0, 8)], "sequences", 8)
 
 

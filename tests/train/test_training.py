@@ -158,6 +158,12 @@ def test_activation_checkpointing_changes_nothing_but_memory(overrides, tmp_path
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it trains on a GPU")
+def test_a_precision_that_needs_a_gpu_is_refused_without_one(overrides):
+    with pytest.raises(UserError, match="`precision: amp_bf16` needs a GPU"):
+        main(overrides("run", "precision=amp_bf16"))
+
+
 def test_microbatches_change_the_loss_by_float_error_only(overrides, tmp_path):
     no_dropout = "model.attention_dropout=0.0"
     main(overrides("one", no_dropout, "max_duration=12ba"))
