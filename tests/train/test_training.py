@@ -173,6 +173,35 @@ def test_microbatches_change_the_loss_by_float_error_only(overrides, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def test_auto_finds_the_microbatch_that_fits_and_keeps_the_loss(overrides, tmp_path, monkeypatch):
+    """Composer's search, which is for a GPU, with its refusal of a CPU lifted: more than 256 tokens are too many."""
+    import composer.trainer.trainer as trainer
+
+    from train import curriculum
+    from train.model import CausalLM
+
+    less = ["model.attention_dropout=0.0", "max_duration=20ba"]
+    main(overrides("whole", *less))
+    shapes, forward = [], CausalLM.forward
+
+    def limited(self, batch):
+        if self.training:
+            shapes.append(tuple(batch["input_ids"].shape))
+        if batch["input_ids"].numel() > 256:
+            raise RuntimeError("CUDA out of memory.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(CausalLM, "forward", limited)
+    monkeypatch.setattr(trainer, "_is_auto_microbatching", lambda size, device: size == "auto")
+    monkeypatch.setattr(curriculum, "microbatch", lambda *_: None)
+    main(overrides("auto", *less))
+    assert shapes[:3] == [(1, 128), (16, 32), (8, 32)], "the longest stage is tried; the whole batch, then half of it"
+    assert set(shapes[3:]) == {(8, 32), (4, 64), (2, 128)}, "what was found in tokens holds at every length"
+    for auto, whole in zip(steps_of(tmp_path / "auto"), steps_of(tmp_path / "whole"), strict=True):
+        assert auto["digest"] == whole["digest"]
+        assert auto["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
 def test_each_step_trains_with_its_own_learning_rate_and_the_configs_optimizer(overrides, tmp_path):
     main(overrides("run", "max_duration=5ba"))
     main(overrides("run", "optimizer.lr=0.01", "optimizer.weight_decay=0.1"))
