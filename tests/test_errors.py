@@ -70,6 +70,7 @@ TABLE = [
     ("train.main", [TRAIN, HELD, "num_canonical_nodes=9999999999"], "in each of 9999999999 lanes"),
     ("train.main", [TRAIN, HELD, "save_folder=/dev/null"], "save_folder /dev/null cannot be written to"),
     ("train.main", [TRAIN, HELD, "model.hidden_size=0", "save_folder=BUILT/run"], "`model`: ZeroDivisionError"),
+    ("train.main", [TRAIN, HELD, "model.pretrained=7", "save_folder=BUILT/run"], "`model.pretrained` is 7; it is the"),
     ("train.main", [TRAIN, HELD, "model.vocab_size=abc", "save_folder=BUILT/run"], "`model.vocab_size` is 'abc'"),
     ("train.main", [TRAIN, "generate={interval: 5, prompts: ['']}"], "`generate.prompts` holds an empty one"),
     ("train.main", [TRAIN, HELD, "eval={interval: 5, seq_lens: [300]}"], "300 tokens do not divide blocks of"),

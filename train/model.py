@@ -256,11 +256,13 @@ def check_tokens(manifest_streams: dict[str, Any], used: Sequence[str], vocabula
             )
 
 
-def check_pretrained(folder: str | None, shards_tokenizer: Path) -> None:
+def check_pretrained(folder: Any, shards_tokenizer: Path) -> None:
     """Raise `UserError` if a model folder's tokenizer gives a token another id than the shards' tokenizer does.
 
     The shards' may have more tokens: then the model's vocabulary grows. A folder without a tokenizer passes.
     """
+    if folder is not None and not isinstance(folder, str):
+        raise UserError(f"setting `model.pretrained` is {folder!r}; it is the path of a folder")
     theirs = None if folder is None else Path(folder, "tokenizer.json")
     if theirs is None or not theirs.exists():
         return
