@@ -5,6 +5,7 @@ else is a defect of ours and keeps its traceback.
 """
 
 import argparse
+import errno
 import os
 import re
 import select
@@ -20,6 +21,9 @@ class UserError(Exception):
     """Something only the user can mend; the message says what is wrong, where, and the remedy."""
 
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT)
+
+
 def fail(message: str) -> NoReturn:
     """Print `message` as one line on stderr and exit with 2."""
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
@@ -32,7 +36,10 @@ def one_line(message: object) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run an entry point: `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Run an entry point: `UserError`, or a file the system refuses, is one line and exit code 2.
+
+    Ctrl-C exits with 130.
+    """
     try:
         code = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where a closed pipe is caught
@@ -47,6 +54,10 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         # `… | head`: who reads has had enough, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        if error.filename is None or error.errno not in REFUSED:
+            raise
+        fail(f"{error.filename}: {error.strerror}: give another place, or mend this one")
     raise SystemExit(code or 0)
 
 

@@ -112,6 +112,7 @@ TABLE = [
     ("convert.build_shards", [SHARDS, "tokenizer.path=BUILT/list.yaml"], "not readable as a tokenizer"),
     ("convert.build_shards", [SHARDS, TOKENIZER, "tokenizer.eos_token=</s>"], "'</s>' is not among its added tokens"),
     ("convert.build_shards", [SHARDS, TOKENIZER, "tokenizer.pad_token=<|endoftext|>"], "they must differ"),
+    ("convert.train_tokenizer", [SHARDS, "tokenizer.path=/dev/null/x"], "/dev/null/x: Not a directory: give another"),
     ("convert.train_tokenizer", [SHARDS, TOKENIZER], "exists: add overwrite=true"),
     (
         "convert.train_tokenizer",

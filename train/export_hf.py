@@ -85,7 +85,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint that can be read: {one_line(error)[:200]}") from None
+        raise UserError(
+            f"{path} is not a checkpoint that can be read: {one_line(error)[:200] or type(error).__name__}"
+        ) from None
     callbacks = dict(state["callbacks"])
     if "About" not in callbacks:
         raise UserError(f"{path} was not written by train/main.py: it lacks the model's description")
