@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import ROOT, steps_of
+from tests.train.conftest import ROOT, steps_of, weights_of
 from train.main import main
 from train.start import damage_of, find_checkpoints
 
 COMPOSER = Path(sys.executable).parent / "composer"
 
 
-def launch(ranks: int, *words: str) -> subprocess.Popen[str]:
-    """`composer -n RANKS train/main.py …` in a session of its own."""
+def launch(ranks: int, *words: str, module: str = "train.main") -> subprocess.Popen[str]:
+    """`composer -n RANKS -m train.main …` in a session of its own."""
     return subprocess.Popen(
-        [str(COMPOSER), "-n", str(ranks), "train/main.py", *words],
+        [str(COMPOSER), "-n", str(ranks), "-m", module, *words],
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -98,6 +98,23 @@ def test_the_loss_is_the_mean_over_trained_tokens_on_any_number_of_ranks(overrid
     for ours, theirs in zip(steps_of(tmp_path / "two"), steps_of(tmp_path / "one"), strict=True):
         assert ours["digest"] == theirs["digest"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]  # four ranks: test_nodes.py
+
+
+def test_fsdp_trains_saves_and_goes_on_as_plain_ranks_do(overrides, tmp_path):
+    config = ["model.attention_dropout=0.0", "eval={interval: 8, blocks: 2}", "generate.interval=6"]
+    main(overrides("whole", *config))
+    sharded = [*overrides("run", *config), "parallelism={fsdp: {sharding_strategy: FULL_SHARD}}"]
+    code, output = finish(launch(2, *sharded, "max_duration=10ba", module="tests.train.fsdp_on_cpu"))
+    assert code == 0, output
+    main([*overrides("run", *config), "max_duration=20ba"])  # one rank, from the checkpoint of the sharded model
+    code, output = finish(launch(2, *sharded, module="tests.train.fsdp_on_cpu"))
+    assert code == 0, output
+    assert "starting at step 20 of 30" in output
+    for ours, theirs in zip(steps_of(tmp_path / "run"), steps_of(tmp_path / "whole"), strict=True):
+        assert ours["digest"] == theirs["digest"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
+    ours, theirs = weights_of(tmp_path / "run", 30), weights_of(tmp_path / "whole", 30)
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-3 for name in theirs)
 
 
 @pytest.mark.chaos
