@@ -219,8 +219,10 @@ def _apply_liger(model: PreTrainedModel) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError:
-        raise UserError("setting `liger` needs the gpu extra: pip install -e '.[gpu]'") from None
+    except ImportError as error:
+        raise UserError(
+            f"setting `liger` needs the gpu extra, pip install -c constraints.txt -e '.[gpu]': {one_line(error)[:200]}"
+        ) from None
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UserError(f"setting `liger`: it has no kernels for `{model.config.model_type}` models: leave it out")
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
