@@ -192,7 +192,7 @@ def test_auto_finds_the_microbatch_that_fits_and_keeps_the_loss(overrides, tmp_p
         return forward(self, batch)
 
     monkeypatch.setattr(CausalLM, "forward", limited)
-    monkeypatch.setattr(trainer, "_is_auto_microbatching", lambda size, *_: size == "auto")
+    monkeypatch.setattr(trainer, "_is_auto_microbatching", lambda size, **_: size == "auto")
     monkeypatch.setattr(curriculum, "microbatch", lambda *_: None)
     main(overrides("auto", *less))
     assert shapes[:3] == [(1, 128), (16, 32), (8, 32)], "the longest stage is tried; the whole batch, then half of it"
