@@ -1,13 +1,20 @@
 """Row → document: the text or conversation one row holds, or why it is dropped.
 
-A document is a tuple of pieces: a `str` is encoded as plain text, an `int` is a special token's id. Special
-tokens only ever enter as ids, so text that merely looks like one stays text.
+A document is a tuple of pieces: `bytes` are UTF-8 that is encoded as plain text, an `int` is a special token's id.
+Special tokens only ever enter as ids, so text that merely looks like one stays text. (Bytes, since one character
+beyond U+FFFF makes Python keep a whole `str` at 4 bytes a character.)
+
+A text of more than `CHUNK` bytes becomes several pieces, each cut before a space between two letters where there is
+one. No pre-token of a byte-level tokenizer reaches over such a place, so the ids are those of the whole text; only a
+piece without such a place is cut anywhere. Time and memory stay linear in the text whatever it holds.
 
 A row is *rejected* when it is broken (kept aside with its reason) and *filtered* when it is sound but not wanted.
 """
 
+import codecs
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +23,14 @@ from chimera.cli import UserError
 if TYPE_CHECKING:
     from convert.settings import StreamSettings
 
-Piece = str | int
+Piece = bytes | int
+Texts = tuple[bytes, ...]  # one text, in order
 
+CHUNK = 1 << 17  # bytes of UTF-8
+LONG_LINE = 1 << 20  # bytes
+MOST_VALUES = 1 << 20  # of a long line; as objects of Python they take a hundred times their bytes
+_LOW_ESCAPE = re.compile(rb"\\u[dD][cC][89a-fA-F]")
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][cC][89a-fA-F].)|.)", re.DOTALL)
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 
@@ -30,12 +43,13 @@ class Document:
     assistant: tuple[bool, ...] = ()
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """The pieces that are text; together they are the document's content."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, str))
+    def texts(self) -> Texts:
+        """The pieces that are text, each of about `CHUNK` bytes at most; together they are the document's content."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, bytes))
 
     @property
-    def characters(self) -> int:
+    def size(self) -> int:
+        """Bytes of text."""
         return sum(map(len, self.texts))
 
 
@@ -49,13 +63,89 @@ class _Reject(Exception):
     """Raised inside this module with the reason; `read` turns it into `Dropped`."""
 
 
-def parse_line(line: str) -> dict[str, Any] | Dropped:
+def parse_line(line: bytes) -> dict[str, Any] | Dropped:
     """One JSONL line (without a byte-order mark) as an object."""
+    if len(line) > LONG_LINE and _values(line) > MOST_VALUES:
+        return Dropped("rejected", "too_many_values")
     try:
-        value = json.loads(line)
+        long = len(line) > LONG_LINE and not line.isascii()
+        value = _parse_long(line) if long else json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Dropped("rejected", "invalid_utf8")
     except (ValueError, RecursionError):  # bad JSON, an integer of thousands of digits, absurd nesting
         return Dropped("rejected", "unparseable")
     return value if isinstance(value, dict) else Dropped("rejected", "not_an_object")
+
+
+def _values(line: bytes) -> int:
+    """How many values of JSON a line holds at most, or a number above `MOST_VALUES`.
+
+    There is one behind each of these marks, unless the mark is part of a text.
+    """
+
+    def count(data: bytes, *place: int) -> int:
+        return sum(data.count(mark, *place) for mark in (b",", b":", b"[", b"{"))
+
+    if (found := count(line)) <= MOST_VALUES:
+        return found
+    line, found, end = line.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
+    for text in re.finditer(rb'"[^"]*"', line):
+        found += count(line, end, text.start())
+        end = text.end()
+        if found > MOST_VALUES:
+            return found
+    return found + count(line, end)
+
+
+def _parse_long(line: bytes) -> Any:
+    """`json.loads(line.decode())` with long texts as UTF-8 bytes, in at most 2 bytes a byte.
+
+    Each byte above 127 is read as a surrogate (PEP 383) and made that byte again string by string.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(0, len(line), LONG_LINE):
+        decoder.decode(line[at : at + LONG_LINE], final=at + LONG_LINE >= len(line))
+    if _LOW_ESCAPE.search(line):  # unpaired it would pass for such a byte: any other lone surrogate does as well
+        marked = bytearray(line)
+        for escape in _ESCAPE.finditer(line):
+            if escape[1]:
+                marked[escape.start(1) : escape.end(1)] = b"ud800"
+        line = bytes(marked)
+    return _restored(json.loads(line.decode("ascii", "surrogateescape")))
+
+
+def _restored(value: Any) -> Any:
+    """A value of JSON with its texts made of the bytes that their surrogates stand for."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            data = value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # it holds a lone surrogate, which `_pieces` finds
+            return value
+        return data if len(data) > CHUNK else data.decode()
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    if isinstance(value, dict):
+        return {_restored(key): _restored(item) for key, item in value.items()}
+    return value
+
+
+def chunks(data: bytes) -> Iterator[bytes]:
+    """UTF-8 in pieces, cut as this module says. Raises `UnicodeDecodeError`."""
+    start = 0
+    while len(data) - start > CHUNK:
+        end = start + CHUNK
+        while data[end] & 0xC0 == 0x80 and end > start + CHUNK - 4:  # inside of a character
+            end -= 1
+        text = data[start:end].decode()
+        space = text.rfind(" ", 1, len(text) - 1)
+        while space > 0 and not (text[space - 1].isalpha() and text[space + 1].isalpha()):
+            space = text.rfind(" ", 1, space)
+        if space > 0:
+            end = start + len(text[:space].encode())
+        yield data[start:end]
+        start = end
+    data[start:].decode()
+    yield data[start:]
 
 
 class DocumentReader:
@@ -88,22 +178,22 @@ class DocumentReader:
             return Dropped("rejected", str(reject))
 
     def _text(self, row: Mapping[str, Any]) -> Document | Dropped:
-        text = _string(row, self.column)
-        if len(text) < self.min_chars:
+        pieces = _pieces(row, self.column)
+        if sum(len(piece.decode()) for piece in pieces) < self.min_chars:
             return Dropped("filtered", "too_short")
-        return Document((text,))
+        return Document(pieces)
 
     def _conversation(self, row: Mapping[str, Any]) -> Document | Dropped:
         messages = _messages(row) if row.get("messages") is not None else _instruction(row)
-        messages = [m for m in messages if m[0] != "system" or m[1].strip()]
+        messages = [m for m in messages if m[0] != "system" or not _blank(m[1])]
         if not any(role == "assistant" for role, _ in messages):
             return Dropped("filtered", "no_answer")
-        if not all(content.strip() for _, content in messages):
+        if any(_blank(content) for _, content in messages):
             return Dropped("filtered", "empty_message")
         return render(messages, self._start, self._end)
 
 
-def render(messages: list[tuple[str, str]], start: int, end: int) -> Document:
+def render(messages: list[tuple[str, Texts]], start: int, end: int) -> Document:
     """ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>` for each (role, content), joined with a newline.
 
     The header `ROLE\\n` is a piece of its own, so that a prompt that ends with `<|im_start|>assistant\\n` gets
@@ -114,50 +204,56 @@ def render(messages: list[tuple[str, str]], start: int, end: int) -> Document:
     for role, content in messages:
         said = role == "assistant"
         if pieces:
-            pieces.append("\n")
+            pieces.append(b"\n")
             assistant.append(False)
-        pieces += [start, f"{role}\n", content, end]
-        assistant += [False, False, said, said]
+        pieces += [start, f"{role}\n".encode(), *content, end]
+        assistant += [False, False, *[said] * (len(content) + 1)]
     return Document(tuple(pieces), tuple(assistant))
 
 
-def _instruction(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _instruction(row: Mapping[str, Any]) -> list[tuple[str, Texts]]:
     """`{instruction, input, output}`; `input` may be missing, null or empty, else it follows on a new line."""
-    question, answer = _string(row, "instruction"), _string(row, "output")
+    question, answer = _pieces(row, "instruction"), _pieces(row, "output")
     if row.get("input") is not None:
-        given = _string(row, "input")
-        question = f"{question}\n{given}" if given.strip() else question
+        given = _pieces(row, "input")
+        if not _blank(given):
+            question = (*question[:-1], question[-1] + b"\n" + given[0], *given[1:])
     return [("user", question), ("assistant", answer)]
 
 
-def _messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _messages(row: Mapping[str, Any]) -> list[tuple[str, Texts]]:
     """`{messages: [{role, content}, ...]}`."""
     messages = row["messages"]
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) for m in messages):
         raise _Reject("wrong_type")
-    pairs = [(_string(m, "role"), _string(m, "content")) for m in messages]
+    pairs = [(b"".join(_pieces(m, "role")).decode(), _pieces(m, "content")) for m in messages]
     if not all(role in ROLES for role, _ in pairs):
         raise _Reject("unknown_role")
     return pairs
 
 
-def _string(row: Mapping[str, Any], key: str) -> str:
-    """The text under `key`; a binary column is read as UTF-8."""
+def _blank(pieces: Texts) -> bool:
+    return all(not piece.strip() or piece.decode().isspace() for piece in pieces)
+
+
+def _pieces(row: Mapping[str, Any], key: str) -> Texts:
+    """The text under `key`, a string or bytes of UTF-8, in pieces."""
     value = row.get(key)
     if value is None:
         raise _Reject("missing_field")
-    if isinstance(value, bytes):
+    if isinstance(value, str):
+        if "\0" in value:
+            raise _Reject("nul")
         try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise _Reject("invalid_utf8") from None
-    if not isinstance(value, str):
-        raise _Reject("wrong_type")
-    if "\0" in value:
-        raise _Reject("nul")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
+            value = value.encode()
         except UnicodeEncodeError:
             raise _Reject("lone_surrogate") from None
-    return value
+    if not isinstance(value, bytes):
+        raise _Reject("wrong_type")
+    try:
+        found = tuple(chunks(value))
+    except UnicodeDecodeError:
+        raise _Reject("invalid_utf8") from None
+    if b"\0" in value:
+        raise _Reject("nul")
+    return found

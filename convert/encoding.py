@@ -2,18 +2,13 @@
 
 Text is data: special tokens come from a document's integer pieces alone and are never found in text. Added tokens
 that are not special (whole words a tokenizer was extended with) are found in text as `tokenizers` finds them.
-
-A text longer than `CHUNK` characters is encoded in chunks, each cut before a space between two letters where there
-is one. No pre-token of a byte-level tokenizer reaches over such a place, so the ids are those of the whole text;
-only a chunk without such a place is cut anywhere. Time and memory stay linear in the text whatever it holds.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import lru_cache
-from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +24,6 @@ if TYPE_CHECKING:
 
     from convert.settings import TokenizerSettings
 
-CHUNK = 1 << 17  # characters
 BATCH = 1 << 20  # characters handed to `tokenizers` at a time
 
 Array = NDArray[Any]
@@ -109,58 +103,48 @@ class Encoder:
         if not same_character_classes():
             self._leave_fast_path("the two libraries' Unicode tables differ")
             return
-        fast = self._encode_texts(texts, self._encode_chunks)
-        slow = self._encode_texts(texts, self._encode_slowly)
-        if not all(map(np.array_equal, chain.from_iterable(fast), chain.from_iterable(slow))):
+        if not all(map(np.array_equal, self._encode_texts(texts), self._encode_slowly(texts))):
             self._leave_fast_path("tiktoken gave other ids on a sample of the source")
             return
         self.reason = f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts"
 
     def encode(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None]]:
         """For each document its ids [n] with EOS at the end, and for conversations the assistant mask [n] bool."""
-        texts = [piece for document in documents for piece in document.pieces if isinstance(piece, str)]
-        encoded = self._encode_texts(texts, self._encode_chunks)
+        encoded = self._encode_texts(text.decode() for document in documents for text in document.texts)
         return [self._assemble(document, encoded) for document in documents]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _assemble(self, document: Document, encoded: Iterator[list[Array]]) -> tuple[Array, Array | None]:
-        """One document's ids and mask; takes the ids of its texts from `encoded`."""
-        pieces = [[np.array([p])] if isinstance(p, int) else next(encoded) for p in document.pieces]
-        ids = np.concatenate([*chain.from_iterable(pieces), [self.eos_id]], dtype=self.dtype, casting="unsafe")
-        if not document.assistant:
-            return ids, None
-        lengths = [sum(map(len, parts)) for parts in pieces]
-        return ids, np.repeat([*document.assistant, False], [*lengths, 1])
+    def _assemble(self, document: Document, encoded: Iterator[Array]) -> tuple[Array, Array | None]:
+        """One document's ids and mask; takes the ids of its texts from `encoded`, one after another."""
+        ids, lengths = bytearray(), []  # which grows in place: a long document's ids are in memory once
+        for piece in [*document.pieces, self.eos_id]:
+            part = next(encoded) if isinstance(piece, bytes) else np.array([piece], dtype=self.dtype)
+            ids += part.data
+            lengths.append(len(part))
+        mask = np.repeat([*document.assistant, False], lengths) if document.assistant else None
+        return np.frombuffer(ids, dtype=self.dtype), mask
 
-    def _encode_texts(
-        self, texts: Sequence[str], encode: Callable[[Iterator[str]], Iterator[Array]]
-    ) -> Iterator[list[Array]]:
-        """For each text the ids of its chunks, which `encode` encodes; no more than a few chunks exist at a time."""
-        cuts = [_cuts(text) for text in texts]
-        encoded = encode(text[a:b] for text, cut in zip(texts, cuts, strict=True) for a, b in pairwise(cut))
-        for cut in cuts:
-            yield list(islice(encoded, len(cut) - 1))
-
-    def _encode_chunks(self, chunks: Iterator[str]) -> Iterator[Array]:
+    def _encode_texts(self, texts: Iterable[str]) -> Iterator[Array]:
+        """The ids of each text."""
         if self._fast is None:
-            yield from self._encode_slowly(chunks)
+            yield from self._encode_slowly(texts)
             return
-        for chunk in chunks:
+        for text in texts:
             try:
-                ids = self._fast.encode_to_numpy(chunk, allowed_special=self._found, disallowed_special=())
+                ids = self._fast.encode_to_numpy(text, allowed_special=self._found, disallowed_special=())
             except ValueError:  # the regex engine's back-tracking limit
-                (ids,) = self._encode_slowly(iter([chunk]))
+                (ids,) = self._encode_slowly([text])
             yield ids.astype(self.dtype)
 
-    def _encode_slowly(self, chunks: Iterator[str]) -> Iterator[Array]:
+    def _encode_slowly(self, texts: Iterable[str]) -> Iterator[Array]:
         batch: list[str] = []
         characters = 0
-        for chunk in chunks:
-            batch.append(chunk)
-            characters += len(chunk)
+        for text in texts:
+            batch.append(text)
+            characters += len(text)
             if characters >= BATCH:
                 yield from self._encode_batch(batch)
                 batch, characters = [], 0
@@ -182,7 +166,7 @@ class Encoder:
         special = set(self.special_ids.values())
         for token in self.special_ids:
             for text in (token, f"a{token}a", f" {token} "):
-                (ids,) = self._encode_slowly(iter([text]))
+                (ids,) = self._encode_slowly([text])
                 if special.intersection(ids.tolist()):
                     raise UserError(
                         f"{origin}: encodes the plain text {token!r} as a special token, so that text could end a "
@@ -202,15 +186,3 @@ def _prepared(raw: bytes, eos_token: str, pad_token: str, origin: str, prove: bo
 def tokenizer_file(path: str) -> Path:
     """The `tokenizer.json` that `path`, a folder or the file itself, stands for."""
     return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-
-
-def _cuts(text: str) -> list[int]:
-    """The places between which the chunks of `text` lie, from 0 to its length."""
-    cuts = [0]
-    while len(text) - cuts[-1] > CHUNK:
-        start = cuts[-1]
-        space = text.rfind(" ", start + 1, start + CHUNK)
-        while space > 0 and not (text[space - 1].isalpha() and text[space + 1].isalpha()):
-            space = text.rfind(" ", start + 1, space)
-        cuts.append(space if space > 0 else start + CHUNK)
-    return [*cuts, len(text)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from chimera.cli import UserError, one_line, say
+from convert.documents import Dropped
 from convert.reading import Position, Row, Span, bounded, columns_as_rows, is_jsonl, jsonl_rows
 from convert.settings import SourceSettings
 from convert.shards import Json
@@ -88,8 +89,9 @@ def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
     for table in bounded(tables, _BATCH_ROWS, start.number):
         for batch in table.select(names or table.column_names).to_batches():
             for value in columns_as_rows(batch):
-                row = Row(value, value, number, 0.0, Position(number + 1))
-                del value
+                raw = None if isinstance(value, Dropped) else value
+                row = Row(value, raw, number, 0.0, Position(number + 1))
+                del value, raw
                 yield row
                 number += 1
 

@@ -24,8 +24,9 @@ from convert.shards import Array, write_shard
 from convert.sources import rows
 from convert.store import Sender, Store, worker_store
 
-BATCH_CHARS = 1 << 19  # of text encoded together; a larger document is a batch of its own
+BATCH_BYTES = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
+SLICE = 1 << 22  # tokens of a longer document that are packed at a time
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Progress:
 
 Report = Callable[[Progress], None]
 Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
+Encoded = tuple[str, Array, Array | None]  # a document's split, ids and mask
 
 
 def split_of(document: Document, eval_fraction: float) -> str:
@@ -46,7 +48,7 @@ def split_of(document: Document, eval_fraction: float) -> str:
 
     digest = xxhash.xxh3_64()
     for text in document.texts:
-        digest.update(text.encode())
+        digest.update(text)
     return "eval" if digest.intdigest() < eval_fraction * 2**64 else "train"
 
 
@@ -142,10 +144,9 @@ class _Part:
 
     def _add(self, batch: list[Found], limit: int | None) -> Progress:
         """Count, encode and pack a batch, up to the document that reaches `limit`; empties `batch`."""
-        encoded = iter(self.encoder.encode([found for _, _, found in batch if isinstance(found, Document)]))
         state, before = self.state, self.state.splits["train"].tokens
         bytes_before = state.bytes
-        for span, row, found in batch:
+        for span, row, found in self._encode(batch):
             self._step(span, row)
             if found is None:
                 continue
@@ -153,20 +154,33 @@ class _Part:
             if isinstance(found, Dropped):
                 self._drop(row, found)
                 continue
-            ids, mask = next(encoded)
+            split, ids, mask = found
             if len(ids) - 1 < self.plan.settings.min_tokens:
                 state.filtered["too_few_tokens"] = state.filtered.get("too_few_tokens", 0) + 1
                 continue
             state.max_token_id = max(state.max_token_id, int(ids.max()))
-            self.splits[split_of(found, self.build.eval_fraction)].add(ids, mask)
+            self.splits[split].add(ids, mask)
             if limit is not None and state.splits["train"].tokens >= limit:
                 state.limit = limit
                 break
-        found = None
-        batch.clear()  # a long text is not kept beside the blocks it became
-        for split in self.splits.values():
-            split.take()
+        for name in SPLITS:
+            self.splits[name].take()
         return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
+
+    def _encode(self, batch: list[Found]) -> list[tuple[int, Row, Encoded | Dropped | None]]:
+        """The batch with its documents encoded; empties `batch`, so that a long text is not kept beside its ids."""
+        documents = [found for _, _, found in batch if isinstance(found, Document)]
+        splits = [split_of(document, self.build.eval_fraction) for document in documents]
+        encoded = zip(splits, self.encoder.encode(documents), strict=True)
+        rows: list[tuple[int, Row, Encoded | Dropped | None]] = []
+        for span, row, found in batch:
+            if isinstance(found, Document):
+                split, ids = next(encoded)
+                rows.append((span, row, (split, *ids)))
+            else:
+                rows.append((span, row, found))
+        batch.clear()
+        return rows
 
     def _step(self, span: int, row: Row) -> None:
         """Move the position behind a row."""
@@ -214,16 +228,16 @@ class _Part:
 
 
 def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
-    """Rows in order, in lists of about `BATCH_CHARS` characters."""
+    """Rows in order, in lists of about `BATCH_BYTES` of text."""
     batch: list[Found] = []
-    characters = 0
+    size = 0
     for item in found:
         batch.append(item)
-        characters += item[2].characters if isinstance(item[2], Document) else _size(item[1].raw)
+        size += item[2].size if isinstance(item[2], Document) else _size(item[1].raw)
         del item  # or its text would live on beside the blocks it becomes
-        if characters >= BATCH_CHARS or len(batch) >= BATCH_ROWS:
+        if size >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -258,7 +272,19 @@ class _Split:
         return sum(len(blocks) for blocks in self.blocks)
 
     def add(self, ids: Array, mask: Array | None) -> None:
-        self.packer.add(ids, mask)
+        """Pack a document: a long one in slices, its shards written on the way, so that it is in memory once.
+
+        Slices of whole blocks give the blocks of the whole document, whatever the packing.
+        """
+        step = max(1, SLICE // self.form.block_len) * self.form.block_len
+        if len(ids) <= step:
+            self.packer.add(ids, mask)
+        else:
+            for begin in range(0, len(ids), step):
+                piece = slice(begin, begin + step)  # copied, or what is left over would keep the whole document
+                self.packer.add(ids[piece].copy(), mask[piece].copy() if mask is not None else None)
+                self.take()
+                self.write()
         self.state.documents += 1
         self.state.tokens += len(ids)
 

@@ -23,7 +23,7 @@ from convert.shards import Json, write_file
 from convert.sources import Opened, added_files, changed_files, open_source, rows
 
 SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agree with the slow one
-SAMPLE_CHARS = 1 << 20
+SAMPLE_BYTES = 1 << 20
 
 
 def current_plan(settings: BuildSettings, work: Path, output: Output, digest: str) -> Json:
@@ -154,7 +154,7 @@ def _sample(where: str, stream: StreamSettings, opened: Opened, encoder: Encoder
         if row.value is not None and not isinstance(row.value, Dropped)
     )
     wrong: dict[str, int] = {}
-    texts = characters = seen = 0
+    texts = size = seen = 0
     for value in read:
         found = reader.read(value)
         seen += 1
@@ -162,9 +162,13 @@ def _sample(where: str, stream: StreamSettings, opened: Opened, encoder: Encoder
             wrong[found.reason] = wrong.get(found.reason, 0) + 1
             keys = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else "no fields"
         if isinstance(found, Document):
-            yield "".join(text[:SAMPLE_CHARS] for text in found.texts)
-            texts, characters = texts + 1, characters + found.characters
-            if texts == SAMPLE_DOCUMENTS or characters >= SAMPLE_CHARS:
+            texts += 1
+            for text in found.texts:
+                yield text.decode()
+                size += len(text)
+                if size >= SAMPLE_BYTES:
+                    return
+            if texts == SAMPLE_DOCUMENTS:
                 return
     if seen and sum(wrong.values()) == seen:
         wanted = "a conversation" if stream.format == "chatml" else f"text under `{opened.column}`"

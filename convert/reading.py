@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from chimera.cli import UserError
-from convert.documents import Dropped, parse_line
+from convert.documents import MOST_VALUES, Dropped, parse_line
 
 LONGEST_LINE = 101 << 20  # bytes; a longer line is rejected unread, so that a worker stays below 1 GiB
 RAW_SHOWN = 1 << 20  # bytes of a rejected row that its reject line shows
@@ -105,8 +105,9 @@ def _parquet_rows(span: Span, column: str | None, start: Position) -> Iterator[R
             number = max(start.number, passed)
             for batch in bounded(read, max(1, min(_BATCH_ROWS, _BATCH_BYTES // size)), number - passed):
                 for value in columns_as_rows(batch):
-                    row = Row(value, value, first + number, share, Position(number + 1))
-                    del value
+                    raw = None if isinstance(value, Dropped) else value
+                    row = Row(value, raw, first + number, share, Position(number + 1))
+                    del value, raw
                     yield row
                     number += 1
             passed += in_group
@@ -143,11 +144,26 @@ def columns_as_rows(batch: Any) -> Iterator[object]:
         batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.binary())]))
     elif batch.num_columns == 1 and pa.types.is_large_string(batch.schema.field(0).type):
         batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.large_binary())]))
+    nested = [name for name in batch.schema.names if pa.types.is_nested(batch.schema.field(name).type)]
     for i in range(batch.num_rows):
+        if any(_values(batch.column(name).slice(i, 1)) > MOST_VALUES for name in nested):
+            yield Dropped("rejected", "too_many_values")
+            continue
         try:
             yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
         except UnicodeDecodeError:
             yield Dropped("rejected", "invalid_utf8")
+
+
+def _values(column: Any) -> int:
+    """How many values, lists and structs an Arrow array holds at all depths."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(column.type):
+        return len(column) + sum(map(_values, column.flatten()))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return len(column) + _values(column.flatten())
+    return len(column)
 
 
 # JSONL
@@ -176,13 +192,8 @@ def jsonl_rows(span: Span, start: Position, below: BinaryIO) -> Iterator[Row]:
         line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
         row = Row(None, line[:RAW_SHOWN], number, size, after, len(line))
         if line and not line.isspace():
-            try:
-                text = line.decode()
-                del line  # a character beyond U+FFFF makes the text of a long line four times as large
-                row.value = parse_line(text)
-                del text
-            except UnicodeDecodeError:
-                row.value = Dropped("rejected", "invalid_utf8")
+            row.value = parse_line(line)
+        del line  # or it would be in memory beside the next one
         yield row
 
 

@@ -72,10 +72,10 @@ def _texts(settings: TrainingSettings) -> Iterator[str]:
         total, most = 0, min(settings.chars_per_stream, sum(part.bytes for part in opened.parts))
         with progress(most, "char", name) as bar:
             for document in _documents(stream, opened, settings.retries):
-                texts = [piece for piece in document.pieces if isinstance(piece, str)]
-                yield from texts
-                total += sum(map(len, texts))
-                bar.update(sum(map(len, texts)))
+                for text in document.texts:
+                    yield (characters := text.decode())
+                    total += len(characters)
+                    bar.update(len(characters))
                 if total >= settings.chars_per_stream:
                     break
         if not total:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from convert.documents import Document
+from convert.documents import Document, chunks
 from convert.encoding import Encoder
 
 EOS, PAD, START, END = "<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>"
@@ -68,7 +68,7 @@ def slow_encoder(json_spec: dict[str, Any] | None = None) -> Encoder:
 
 def ids_of(enc: Encoder, text: str) -> list[int]:
     """The ids of one text without the EOS that must end them."""
-    ((ids, mask),) = enc.encode([Document((text,))])
+    ((ids, mask),) = enc.encode([Document(tuple(chunks(text.encode())))])
     assert mask is None
     assert ids[-1] == enc.eos_id
     return list(ids[:-1].tolist())

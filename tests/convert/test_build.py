@@ -55,7 +55,7 @@ def test_shards_hold_every_document_in_order_once(sources: Path, tmp_path: Path)
     manifest = builds.build_here(builds.config(sources, tmp_path / "out"))
     encoder = Encoder.from_settings(TokenizerSettings(str(builds.tokenizer())))
     wanted = [t for seed in (20, 21, 22, 23) for t in builds.texts(seed, {20: 150, 21: 80}.get(seed, 40))]
-    ids = [ids[:-1].tolist() for ids, _ in encoder.encode([Document((t,)) for t in wanted if len(t) >= 50])]
+    ids = [ids[:-1].tolist() for ids, _ in encoder.encode([Document((t.encode(),)) for t in wanted if len(t) >= 50])]
     found = {
         split: documents_of(stored_blocks(tmp_path / "out", "lines", split), encoder) for split in ("train", "eval")
     }

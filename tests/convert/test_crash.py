@@ -41,6 +41,14 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert builds.tree(tmp_path / "out") == wanted
 
 
+def test_a_long_document_packed_in_slices_gives_the_same_bytes(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_module, "SLICE", 130)  # two blocks
+    builds.build_here(builds.config(sources, tmp_path / "out"))
+    assert builds.tree(tmp_path / "out") == wanted
+
+
 class _Killed(BaseException):
     """Stands for a kill: nothing in the builder catches it."""
 

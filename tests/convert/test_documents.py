@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chimera.cli import UserError
-from convert.documents import Document, DocumentReader, Dropped, parse_line
+from convert import documents
+from convert.documents import Document, DocumentReader, Dropped, chunks, parse_line
 from convert.settings import BuildSettings, SourceSettings, StreamSettings, TokenizerSettings, check
 from tests.convert.small_tokenizer import END, START, encoder
 
@@ -34,15 +35,48 @@ def rejected(reason: str) -> Dropped:
     ],
 )
 def test_a_line_is_an_object_or_rejected(line: str, expected: object) -> None:
-    assert parse_line(line) == expected
+    assert parse_line(line.encode()) == expected
+
+
+def test_a_long_line_of_more_values_than_fit_memory_is_rejected_unparsed() -> None:
+    marks = json.dumps({"text": 'a, "b": [c] {d} \\' * 200_000}).encode()
+    found = parse_line(marks)
+    assert isinstance(found, dict)
+    assert found == json.loads(marks)
+    assert parse_line(marks[:-1] + b', "x": [' + b"[]," * 600_000 + b"0]}") == rejected("too_many_values")
+
+
+TROUBLE = st.sampled_from(
+    ["è", "東", "😀", "\\", '"', "n", "u00e9", "ud83d", "ude00", "udcc3", "udca9", "UDC80", "/", "\ud800", " ", "\0"]
+)
+
+
+@given(st.lists(TROUBLE, max_size=12), st.lists(TROUBLE, max_size=4), st.booleans())
+def test_a_long_line_is_parsed_as_a_short_one(text: list[str], other: list[str], whole: bool) -> None:
+    said = "".join(other)
+    line = f'{{"{said}": ["", {{"a": "{said}"}}, 1], "text": "{"".join(text)}"{"}" * whole}'
+    raw = line.encode("utf-8", "surrogatepass")
+    reader = DocumentReader(StreamSettings(format="text", min_chars=0), {})
+
+    def outcome() -> object:
+        found = parse_line(raw)
+        return found if isinstance(found, Dropped) else reader.read(found)
+
+    wanted = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "LONG_LINE", 1)
+        assert outcome() == wanted
+        patch.setattr(documents, "CHUNK", 9)
+        found = outcome()
+        assert found.texts == tuple(chunks(b"".join(wanted.texts))) if isinstance(found, Document) else wanted
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"text": "12345"}, Document(("12345",))),
+        ({"text": "12345"}, Document((b"12345",))),
         ({"text": "1234"}, Dropped("filtered", "too_short")),
-        ({"text": "perché".encode()}, Document(("perché",))),
+        ({"text": "perché".encode()}, Document(("perché".encode(),))),
         ({"text": b"caf\xe9 au lait"}, rejected("invalid_utf8")),
         ({"text": None}, rejected("missing_field")),
         ({"other": "12345"}, rejected("missing_field")),
@@ -59,13 +93,13 @@ def test_text_rows(row: object, expected: object) -> None:
 
 def test_the_text_column_is_the_sources() -> None:
     reader = DocumentReader(StreamSettings(min_chars=None), {}, column="body")
-    assert reader.read({"body": "x", "text": "y"}) == Document(("x",))
+    assert reader.read({"body": "x", "text": "y"}) == Document((b"x",))
 
 
 def test_an_instruction_pair_becomes_one_exchange() -> None:
     found = CHAT.read({"instruction": "Somma", "input": "1+1", "output": "2"})
     assert found == Document(
-        pieces=(S, "user\n", "Somma\n1+1", E, "\n", S, "assistant\n", "2", E),
+        pieces=(S, b"user\n", b"Somma\n1+1", E, b"\n", S, b"assistant\n", b"2", E),
         assistant=(False, False, False, False, False, False, False, True, True),
     )
 
@@ -74,16 +108,16 @@ def test_an_instruction_pair_becomes_one_exchange() -> None:
 def test_an_input_that_says_nothing_is_left_out(given_input: dict[str, object]) -> None:
     found = CHAT.read({"instruction": "Ciao", "output": "Ciao!", **given_input})
     assert isinstance(found, Document)
-    assert found.pieces[2] == "Ciao"
+    assert found.pieces[2] == b"Ciao"
 
 
 def test_messages_keep_their_roles_and_order() -> None:
     roles = ["system", "user", "assistant", "user", "assistant"]
     found = CHAT.read({"messages": [{"role": role, "content": f"c{i}"} for i, role in enumerate(roles)]})
     assert isinstance(found, Document)
-    assert "".join(found.texts) == "\n".join(f"{role}\nc{i}" for i, role in enumerate(roles))
+    assert b"".join(found.texts).decode() == "\n".join(f"{role}\nc{i}" for i, role in enumerate(roles))
     said = [piece for piece, flag in zip(found.pieces, found.assistant, strict=True) if flag]
-    assert said == ["c2", E, "c4", E]
+    assert said == [b"c2", E, b"c4", E]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +164,8 @@ def test_a_prompt_gets_the_ids_it_was_trained_with() -> None:
     assert isinstance(document, Document)
     ((stored, mask),) = enc.encode([document])
     assert mask is not None
-    prompt = Document((enc.special_ids[START], "user\n", "perche dare?", enc.special_ids[END], "\n"))
-    prompt = Document((*prompt.pieces, enc.special_ids[START], "assistant\n"))
+    prompt = Document((enc.special_ids[START], b"user\n", b"perche dare?", enc.special_ids[END], b"\n"))
+    prompt = Document((*prompt.pieces, enc.special_ids[START], b"assistant\n"))
     ((ids, _),) = enc.encode([prompt])
     assert stored[: len(ids) - 1].tolist() == ids[:-1].tolist()
     assert mask.tolist() == [False] * (len(ids) - 1) + [True] * (len(stored) - len(ids)) + [False]
@@ -148,13 +182,12 @@ keys = st.sampled_from(["messages", "instruction", "input", "output", "text", "r
 
 @given(st.dictionaries(keys, json_values | st.lists(st.dictionaries(keys, json_values, max_size=3), max_size=3)))
 def test_any_object_is_a_document_or_dropped_with_a_reason(row: dict[str, object]) -> None:
-    parsed = parse_line(json.dumps(row))
+    parsed = parse_line(json.dumps(row).encode())
     assert parsed == row
     for reader in (TEXT, CHAT):
         found = reader.read(row)
         if isinstance(found, Document):
-            "".join(found.texts).encode("utf-8")
-            assert "\0" not in "".join(found.texts)
+            assert "\0" not in b"".join(found.texts).decode()
             assert len(found.assistant) in (0, len(found.pieces))
         else:
             assert found.reason.replace("_", "").isalpha()

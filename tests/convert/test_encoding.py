@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chimera.cli import UserError
-from convert import encoding
+from convert import documents
 from convert.documents import Document
 from convert.encoding import Encoder
 from convert.settings import TokenizerSettings
@@ -19,7 +19,7 @@ from tests.convert.small_tokenizer import END, EOS, PAD, START, changed, encoder
 def test_pieces_are_encoded_apart_and_special_tokens_come_by_id() -> None:
     enc = encoder()
     start, end = enc.special_ids[START], enc.special_ids[END]
-    document = Document((start, "dare", "dare", end, f"{START}x{EOS}"), (False, True, False, True, False))
+    document = Document((start, b"dare", b"dare", end, f"{START}x{EOS}".encode()), (False, True, False, True, False))
     ((ids, mask),) = enc.encode([document])
     assert mask is not None
     word = ids_of(enc, "dare")
@@ -42,10 +42,10 @@ def test_pieces_are_encoded_apart_and_special_tokens_come_by_id() -> None:
 def test_long_texts_lose_nothing(text: str, make: Callable[[], Encoder], monkeypatch: pytest.MonkeyPatch) -> None:
     enc = make()
     whole = ids_of(enc, text)
-    monkeypatch.setattr(encoding, "CHUNK", 100)
+    monkeypatch.setattr(documents, "CHUNK", 100)
     ids = ids_of(enc, text)
     assert enc.decode(ids) == text
-    assert max(np.diff(encoding._cuts(text))) <= 100
+    assert max(map(len, documents.chunks(text.encode()))) <= 100
     if "casa bianca, 12" in text:
         assert ids == whole
 
@@ -60,7 +60,7 @@ def test_runs_without_end_are_encoded(text: str) -> None:
 
 
 def test_what_the_fast_regex_engine_gives_up_on_goes_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "CHUNK", 1 << 21)
+    monkeypatch.setattr(documents, "CHUNK", 1 << 21)
     enc, text = encoder(), " " * 1_100_000 + "x"
     assert enc._fast is not None
     with pytest.raises(ValueError, match="stack size exceeded"):

@@ -104,7 +104,7 @@ def test_the_real_tokenizer_gives_equal_ids_on_all_real_documents() -> None:
     assert (fast.path, fast.vocab_size, fast.eos_id, fast.pad_id) == ("tiktoken", 32043, 0, 1)
     documents = 0
     for file in sorted(glob.glob(str(REAL_DATA / "*" / "*.parquet"))):
-        batch = [Document((text,)) for text in pq.read_table(file, columns=["text"])["text"].to_pylist()]
+        batch = [Document((text.encode(),)) for text in pq.read_table(file, columns=["text"])["text"].to_pylist()]
         for (ours, _), (theirs, _) in zip(fast.encode(batch), slow.encode(batch), strict=True):
             assert np.array_equal(ours, theirs)
         documents += len(batch)

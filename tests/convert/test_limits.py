@@ -40,8 +40,11 @@ MIXED = "perché la città è più bella, 東京 non lo è. " * 2_000_000
 WIDE = "Why does the river bend where the hill is soft? " * 2_090_000 + "😀"  # 4 bytes a character in Python
 
 
-@pytest.mark.parametrize(("form", "text"), [("text", MIXED), ("chatml", WIDE)], ids=["text", "chatml"])
-def test_a_line_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, form: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "text", "byte_tokens"), [("text", WIDE, False), ("chatml", MIXED, True)], ids=["wide", "many ids"]
+)
+def test_a_line_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, form: str, text: str, byte_tokens: bool) -> None:
+    """Also where each of its bytes becomes an id of 4 bytes."""
     assert len(text.encode()) > 100e6
     texts = [builds.PROSE, text, builds.PROSE]
     rows = [{"instruction": "Say it.", "output": text} if form == "chatml" else {"text": text} for text in texts]
@@ -50,9 +53,16 @@ def test_a_line_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, form: str, 
         tmp_path, tmp_path / "out", block_len=1024, shard_bytes=32 << 20, part_bytes=64 << 20, workers=1
     )
     settings["streams"] = {"s": {"format": form, "sources": [{"files": [f"{tmp_path}/in.jsonl"]}]}}
+    if byte_tokens:
+        spec = json.loads((builds.tokenizer() / "tokenizer.json").read_text())
+        vocabulary = spec["model"]["vocab"]
+        spec["model"].update(merges=[], vocab=vocabulary | {f"unused {i}": i for i in range(len(vocabulary), 70_000)})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        settings["tokenizer"]["path"] = str(tmp_path)
     assert peak(settings, tmp_path) < 10**9
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]
     assert manifest["rows"]["documents"] == 3
+    assert not byte_tokens or manifest["train"]["tokens"] > 100e6
 
 
 def peak(settings: dict[str, Any], folder: Path, **environment: str) -> int:
@@ -101,3 +111,26 @@ def test_rejected_rows_of_any_size_take_less_than_a_gibibyte(tmp_path: Path, kin
     assert len(first["raw"]) <= 1 << 20
     if kind == "one line of 100 MB":
         assert first["raw_length"] == 100_000_000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_of_millions_of_values_takes_less_than_a_gigabyte(tmp_path: Path, kind: str) -> None:
+    """As objects of Python they would take several."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    file = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        many = b'{"messages": [' + json.dumps(said)[1:-1].encode() + b', {"role": []}' * 7_000_000 + b"]}\n"
+        file.write_bytes(many + builds.jsonl([{"messages": said}] * 20))
+    else:
+        column = pa.array(["a"]).take(pa.array([0] * 7_000_000))
+        messages = pa.StructArray.from_arrays([column, column], ["role", "content"])
+        lists = pa.concat_arrays([pa.ListArray.from_arrays([0, len(messages)], messages), pa.array([said] * 20)])
+        pq.write_table(pa.table({"messages": lists}), file)
+    settings = builds.config(tmp_path, tmp_path / "out", workers=1)
+    settings["streams"] = {"s": {"format": "chatml", "min_tokens": 1, "sources": [{"files": [str(file)]}]}}
+    assert peak(settings, tmp_path) < 10**9
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
+    assert (rows["documents"], rows["rejected"]) == (20, {"too_many_values": 1})

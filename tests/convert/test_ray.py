@@ -34,7 +34,7 @@ def cluster() -> Iterator[Any]:
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("wanted")
     builds.write_sources(folder / "in")
-    for i in range(2, 16):  # enough work that a node is busy when it is killed
+    for i in range(2, 100):  # enough work that a node is busy when it is killed
         shutil.copy(folder / "in" / "0.parquet", folder / "in" / f"{i}.parquet")
     builds.build_here(builds.config(folder / "in", folder / "out"))
     return folder / "in", builds.tree(folder / "out")

@@ -35,7 +35,7 @@ def test_the_special_tokens_come_first_and_the_fast_path_holds(config: Path, tmp
     encoder = Encoder.from_settings(TokenizerSettings(str(tmp_path / "tok")))
     assert encoder.special_ids == {"<|endoftext|>": 0, "<|padding|>": 1, "<|im_start|>": 2, "<|im_end|>": 3}
     assert (encoder.path, encoder.vocab_size) == ("tiktoken", 300)
-    ((ids, _),) = encoder.encode([Document(("Il mulino",))])
+    ((ids, _),) = encoder.encode([Document((b"Il mulino",))])
     assert len(ids) < len("Il mulino")
 
 
