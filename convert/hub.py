@@ -16,14 +16,15 @@ from typing import Any, TypeVar
 
 from chimera.cli import UserError, one_line, say
 from convert.documents import Dropped
-from convert.reading import Position, Row, Span, bounded, columns_as_rows, is_jsonl, jsonl_rows
+from convert.formats import is_text, rows_of_text
+from convert.reading import Position, Row, Span, bounded, columns_as_rows
 from convert.settings import SourceSettings
 from convert.shards import Json
 from convert.sources import CannotOpen, check_columns
 
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 OPENING = 4  # attempts at most before a source that never answered is passed over
-_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+_MODULES = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, for what convert/formats.py does not read
 _BATCH_ROWS = 16
 
 Result = TypeVar("Result")
@@ -71,12 +72,12 @@ def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -
 
 
 def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
-    """The rows behind `start`. JSONL is read line by line here as on disk: one bad line must cost one line."""
-    if is_jsonl(span.file):
+    """The rows behind `start`."""
+    if is_text(span.file):
         from huggingface_hub import HfFileSystem
 
         with HfFileSystem().open(span.file, "rb") as file:  # whose own `readline` knows no limit
-            yield from jsonl_rows(span, start, io.BufferedReader(file, 1 << 20))
+            yield from rows_of_text(span, column, start, io.BufferedReader(file, 1 << 20))
         return
     number = start.number
     stream = _stream(span.file, [column] if column else None)
@@ -136,7 +137,7 @@ def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], s
 
 def _probe(where: str, name: str, span: Span, column: str | None) -> None:
     """Read the head of a file, so that gating or a missing column is found before the work begins."""
-    if is_jsonl(span.file):
+    if is_text(span.file):
         next(_rows(span, column, Position()), None)
         return
     stream = _library().load_dataset(_module(span.file), data_files=[span.file], split="train", streaming=True)
@@ -144,10 +145,10 @@ def _probe(where: str, name: str, span: Span, column: str | None) -> None:
 
 
 def _module(file: str) -> str:
-    plain = re.sub(r"\.(gz|zst|xz|bz2)$", "", file)
-    module = _FORMATS.get(os.path.splitext(plain)[1])
+    module = _MODULES.get(os.path.splitext(file)[1])
     if module is None:
-        raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(_FORMATS)})")
+        known = (*_MODULES, ".jsonl", ".json", ".csv", ".txt")
+        raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(known)})")
     return module
 
 

@@ -18,7 +18,7 @@ from convert.encoding import Encoder
 from convert.journal import SPLITS, PartState, shard_keys
 from convert.packing import Packer
 from convert.planned import StreamPlan, encoder_of, load_plan, part_folder, shard_format
-from convert.reading import Position, Row, is_jsonl, reject_line
+from convert.reading import Position, Row, reject_line
 from convert.settings import BuildSettings
 from convert.shards import Array, write_shard
 from convert.sources import rows
@@ -200,8 +200,7 @@ class _Part:
     def _reject_line(self, span: int, row: Row, dropped: Dropped) -> bytes | None:
         if dropped.kind == "filtered":
             return None
-        file = self.part.spans[span].file
-        line = reject_line(file, "line" if is_jsonl(file) else "row", dropped.reason, row)
+        line = reject_line(self.part.spans[span].file, dropped.reason, row)
         # the span's place goes along: lines of a range are counted from its start until all parts are known
         return b"%d " % span + line
 

@@ -4,10 +4,12 @@ JSONL is cut at newline bytes and read here, not by a library, so that one bad l
 yields rows with the position behind them: starting again there gives the rows that follow, none lost or repeated.
 """
 
+import bz2
 import functools
 import gzip
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from typing import Any, BinaryIO, NamedTuple
 from chimera.cli import UserError
 from convert.documents import MOST_VALUES, Dropped, parse_line
 
+BOM = b"\xef\xbb\xbf"
 LONGEST_LINE = 101 << 20  # bytes; a longer line is rejected unread, so that a worker stays below 1 GiB
 RAW_SHOWN = 1 << 20  # bytes of a rejected row that its reject line shows
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 64  # of parquet text decoded at a time
 LARGE_BATCH = 16 << 20  # bytes of a batch after which rows are read one by one
+_PACKED = (".gz", ".zst", ".bz2", ".xz")
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 
 
@@ -54,7 +58,8 @@ class Row:
     number: int  # row of the file, from 0; for JSONL the line, from 1 at the span's start
     size: float  # share of `Span.bytes`
     after: Position
-    length: int = 0  # bytes of a JSONL line
+    length: int = 0  # bytes of a line
+    unit: str = "row"  # what `number` counts: `row` or `line`
 
 
 def rows_of_file(span: Span, column: str | None, start: Position) -> Iterator[Row]:
@@ -169,17 +174,15 @@ def _values(column: Any) -> int:
 # JSONL
 
 
-def is_jsonl(file: str) -> bool:
-    return file.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
-
-
-def jsonl_rows(span: Span, start: Position, below: BinaryIO) -> Iterator[Row]:
-    """Rows of a JSONL file, open as `below`."""
-    packed = span.file.endswith((".gz", ".zst"))
-    file, offset = _open_lines(span, below, start)
+def jsonl_rows(
+    span: Span, start: Position, below: BinaryIO, parse: Callable[[bytes], object] = parse_line
+) -> Iterator[Row]:
+    """Rows of a JSONL file, open as `below`; `parse` makes a row's value of a line."""
+    packed = span.file.endswith(_PACKED)
+    file, offset = open_lines(span, below, start)
     number, seen = start.number, below.tell()
     while span.end is None or offset < span.end:
-        line, size = _line(file)
+        line, size = read_line(file)
         if not size:
             return
         at_start = offset == 0
@@ -187,21 +190,22 @@ def jsonl_rows(span: Span, start: Position, below: BinaryIO) -> Iterator[Row]:
         size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
         after = Position(number, offset)
         if line is None:
-            yield Row(Dropped("rejected", "line_too_long"), None, number, size, after)
+            yield Row(Dropped("rejected", "line_too_long"), None, number, size, after, unit="line")
             continue
-        line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
-        row = Row(None, line[:RAW_SHOWN], number, size, after, len(line))
+        line = line.removeprefix(BOM).rstrip(b"\r\n") if at_start else line.rstrip(b"\r\n")
+        row = Row(None, line[:RAW_SHOWN], number, size, after, len(line), "line")
         if line and not line.isspace():
-            row.value = parse_line(line)
+            row.value = parse(line)
         del line  # or it would be in memory beside the next one
         yield row
 
 
-def _open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO, int]:
+def open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO, int]:
     """A buffered file positioned at the start of a line, and that position in bytes."""
-    if span.file.endswith((".gz", ".zst")):
-        opened: Any = gzip.GzipFile(fileobj=below) if span.file.endswith(".gz") else _Zstd(below)
-        file: Any = io.BufferedReader(opened, 1 << 20)
+    if span.file.endswith(_PACKED):
+        readers: dict[str, Callable[[Any], Any]] = {"gz": gzip.GzipFile, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
+        reader = readers.get(span.file.rpartition(".")[2], _Zstd)
+        file: Any = io.BufferedReader(reader(fileobj=below) if reader is gzip.GzipFile else reader(below), 1 << 20)
         left = start.offset or 0
         while left:  # a compressed file has no seek that costs less than reading
             got = len(file.read(min(left, 1 << 20)))
@@ -221,7 +225,7 @@ def _open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO,
     return file, file.tell()
 
 
-def _line(file: BinaryIO) -> tuple[bytes | None, int]:
+def read_line(file: BinaryIO) -> tuple[bytes | None, int]:
     """The next line with its newline and its bytes; `None` for one longer than `LONGEST_LINE`, which is skipped."""
     line = file.readline(LONGEST_LINE)
     size = len(line)
@@ -271,7 +275,7 @@ class _Zstd(io.RawIOBase):
         return size
 
 
-def reject_line(file: str, key: str, reason: str, row: Row) -> bytes:
+def reject_line(file: str, reason: str, row: Row) -> bytes:
     """One line of a reject file; bytes that are not UTF-8 stand as `\\udcXX` escapes (Python's surrogateescape).
 
     Of a row longer than `RAW_SHOWN` only the beginning is shown, and `raw_length` says how long it is.
@@ -280,7 +284,7 @@ def reject_line(file: str, key: str, reason: str, row: Row) -> bytes:
     if raw is not None and not isinstance(raw, bytes):
         raw = json.dumps(raw, default=_text, ensure_ascii=False)
         length = len(raw)
-    entry = {"file": file, key: row.number, "reason": reason, "raw": raw[:RAW_SHOWN] if raw is not None else None}
+    entry = {"file": file, row.unit: row.number, "reason": reason, "raw": raw[:RAW_SHOWN] if raw is not None else None}
     if length > RAW_SHOWN:
         entry["raw_length"] = length
     return json.dumps(entry, default=_text).encode() + b"\n"

@@ -297,7 +297,7 @@ def test_a_folder_with_the_name_of_a_set_is_not_taken_for_it(build: Builder, tmp
     )
 
 
-@pytest.mark.parametrize("file", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("file", ["rows.jsonl", "rows.parquet", "rows.csv"])
 def test_a_row_of_100_mb_of_a_set_takes_less_than_a_gigabyte(
     hub: HubServer, environment: dict[str, str], tmp_path: Path, file: str
 ) -> None:
@@ -307,6 +307,8 @@ def test_a_row_of_100_mb_of_a_set_takes_less_than_a_gigabyte(
     rows = [{"text": builds.PROSE}, {"text": WIDE}, {"text": builds.PROSE}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_bytes(builds.jsonl(rows))
+    with open(tmp_path / "rows.csv", "w", newline="") as out:
+        csv.writer(out).writerows([["text"], *([row["text"]] for row in rows)])
     source = put_set(hub, f"uonlp/{file}-Wide", file, (tmp_path / file).read_bytes())
     settings = settings_for(tmp_path, source, workers=1, shard_bytes=32 << 20)
     assert peak(settings, tmp_path, **environment) < 10**9

@@ -1,0 +1,106 @@
+"""Rows of a hub's text files: the same ones as the field's libraries find, and a bad one costs one."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chimera.cli import UserError
+from convert import formats, reading
+from convert.documents import Dropped
+from convert.formats import is_text, rows_of_text
+from convert.reading import Position, Row, Span
+
+START = Position()
+UNPARSEABLE = Dropped("rejected", "unparseable")
+TEXTS = st.text(st.sampled_from('aè😀"\\,[]{}: \n'), max_size=12)
+
+
+def rows(name: str, body: bytes, start: Position = START, column: str = "text") -> list[Row]:
+    below: Any = io.BufferedReader(io.BytesIO(body))  # type: ignore[arg-type]
+    return list(rows_of_text(Span("hub", name, 0, None, 0), column, start, below))
+
+
+def starts_again_behind_any_row(name: str, body: bytes) -> bool:
+    whole = rows(name, body)
+    return all(rows(name, body, row.after) == whole[i + 1 :] for i, row in enumerate(whole))
+
+
+@given(st.lists(st.dictionaries(TEXTS, TEXTS | st.lists(TEXTS, max_size=2), max_size=3), max_size=5), st.booleans())
+def test_the_items_of_an_array_are_those_of_the_json_module(items: list[Any], indented: bool) -> None:
+    body = json.dumps(items, ensure_ascii=False, indent=1 if indented else None).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "BITE", 3)
+        found = rows("a.json", body)
+    assert [row.value for row in found] == items
+    assert [(row.unit, row.number) for row in found] == [("row", i) for i in range(len(items))]
+    assert starts_again_behind_any_row("a.json", body)
+
+
+def test_a_bad_item_of_an_array_costs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b'\xef\xbb\xbf [{"text": "a"}, {"text" 1}, [1], ' + b'{"text": "' + b"x" * 500 + b'"}, {"text": "b"}]\n'
+    monkeypatch.setattr(formats, "BITE", 64)
+    monkeypatch.setattr(formats, "LONGEST_LINE", 200)
+    long, other = Dropped("rejected", "line_too_long"), Dropped("rejected", "not_an_object")
+    assert [row.value for row in rows("a.json", body)] == [{"text": "a"}, UNPARSEABLE, other, long, {"text": "b"}]
+    with pytest.raises(EOFError):
+        rows("a.json", body[:-40])
+
+
+def test_json_that_is_no_array_is_read_by_line() -> None:
+    body = b'{"text": "a"}\nbroken\n{"text": "b"}\n'
+    found = rows("a.json", body)
+    assert [row.value for row in found] == [{"text": "a"}, UNPARSEABLE, {"text": "b"}]
+    assert [(row.unit, row.number) for row in found] == [("line", 1), ("line", 2), ("line", 3)]
+    assert starts_again_behind_any_row("a.json", body)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), max_size=6), st.booleans())
+def test_the_rows_of_csv_are_those_of_the_csv_module(table: list[tuple[str, str]], bom: bool) -> None:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([("text", "other"), *table])
+    body = b"\xef\xbb\xbf" * bom + out.getvalue().encode()
+    assert [row.value for row in rows("a.csv", body)] == [{"text": text.encode()} for text, _ in table]
+    assert starts_again_behind_any_row("a.csv", body)
+
+
+def test_a_bad_row_of_csv_costs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "LONG_LINE", 3)
+    monkeypatch.setattr(reading, "LONGEST_LINE", 100)
+    body = b'id,text\n1,one\n2,two,more\n3\n\n4,"fo\nur"\n5,' + b"x" * 200 + b"\n6,six\n"
+    found = [row.value for row in rows("a.csv", body)]
+    assert found == [{"text": b"one"}, UNPARSEABLE, {}, None, {"text": b"fo\nur"}, UNPARSEABLE, {"text": b"six"}]
+    with pytest.raises(UserError, match=r"a\.csv has no column `body`: set `column` to one of id, text"):
+        rows("a.csv", body, column="body")
+
+
+def test_lines_of_text_are_rows() -> None:
+    body = "uno\n\ndue è\r\ntre".encode()
+    assert [row.value for row in rows("a.txt", body)] == [
+        {"text": t.encode()} if t else None for t in ("uno", "", "due è", "tre")
+    ]
+    assert starts_again_behind_any_row("a.txt", body)
+    with pytest.raises(UserError, match=r"a\.txt has no column `body`: set `column` to one of text"):
+        rows("a.txt", body, column="body")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [("gz", gzip.compress), ("zst", zstandard.compress), ("bz2", bz2.compress), ("xz", lzma.compress)],
+)
+@pytest.mark.parametrize("body", [b'[{"text": "a"}, {"text": "b"}]', b'{"text": "a"}\n{"text": "b"}\n'])
+def test_packed_files_hold_the_same_rows(suffix: str, pack: Callable[[bytes], bytes], body: bytes) -> None:
+    name = f"a.json.{suffix}"
+    assert is_text(name)
+    assert [row.value for row in rows(name, pack(body))] == [{"text": "a"}, {"text": "b"}]
+    assert starts_again_behind_any_row(name, pack(body))
+    assert not is_text(f"a.parquet.{suffix}")
