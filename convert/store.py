@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError, one_line, say
+from chimera.stores import plain_uploads, readable
 from convert.journal import SENT
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -44,6 +45,7 @@ class Store:
         self._root, self._scratch, self._retries = root.rstrip("/"), scratch, retries
         self._uploader: Any = None
         self._downloader: Any = None
+        self._readable = ""
 
     def put(self, file: Path, key: str) -> None:
         """Make the object `key` hold what `file` holds, and see that it does.
@@ -105,16 +107,20 @@ class Store:
 
             try:
                 self._downloader = CloudDownloader.get(self._root)
+                self._readable = readable(self._root)
             except ValueError as error:
                 raise Refused(one_line(error)) from None
         place.unlink(missing_ok=True)  # a downloader leaves a file that is there alone
-        self._downloader.download(f"{self._root}/{key}", str(place), DOWNLOAD_SECONDS)
+        self._downloader.download(f"{self._readable}/{key}", str(place), DOWNLOAD_SECONDS)
+        if not place.exists():  # streaming's for `gs` passes over errors it does not know
+            raise OSError("the store's client gave neither the object nor a reason")
 
     def _connected(self) -> Any:
         """The uploader; made when first needed, since its import takes seconds."""
         if self._uploader is None:
             from streaming.base.storage.upload import CloudUploader
 
+            plain_uploads()
             staging = self._scratch / "staging"
             staging.mkdir(parents=True, exist_ok=True)
             try:

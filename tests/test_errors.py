@@ -69,6 +69,8 @@ TABLE = [
     ("train.main", [TRAIN, HELD, "phases.0.global_train_batch_size=0"], "300 steps of 0 sequences"),
     ("train.main", [TRAIN, HELD, "num_canonical_nodes=9999999999"], "in each of 9999999999 lanes"),
     ("train.main", [TRAIN, HELD, "save_folder=/dev/null"], "save_folder /dev/null cannot be written to"),
+    ("train.main", [TRAIN, HELD, "save_folder=ftp://box/run"], "save_folder ftp://box/run cannot be used: NotImpl"),
+    ("train.main", [TRAIN, HELD, "save_folder=oci://box/run"], "save_folder oci://box/run cannot be used: "),
     ("train.main", [TRAIN, HELD, "model.hidden_size=0", "save_folder=BUILT/run"], "`model`: ZeroDivisionError"),
     ("train.main", [TRAIN, HELD, "model.pretrained=7", "save_folder=BUILT/run"], "`model.pretrained` is 7; it is the"),
     ("train.main", [TRAIN, HELD, "model.vocab_size=abc", "save_folder=BUILT/run"], "`model.vocab_size` is 'abc'"),

@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 
 from chimera.cli import UserError, parse, run, say
 from chimera.stack import check_stack
+from chimera.stores import plain_uploads
 from train.settings import TrainSettings, plan_of, read_settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     _, config, overrides = parse(parser, argv, default_config=None)
     settings = read_settings(config, overrides)
     check_stack()
+    plain_uploads()
     share_cores()
 
     shards = open_root(settings)

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from chimera.cli import one_line
+from chimera.stores import readable
 
 ATTEMPTS = 3
 TIMEOUT = 60.0  # seconds without an answer
@@ -30,7 +31,9 @@ def download(url: str, to: Path) -> None:
         try:
             if not hasattr(_clients, scheme):
                 setattr(_clients, scheme, CloudDownloader.get(url))
-            getattr(_clients, scheme).download(url, str(to), TIMEOUT)
+            getattr(_clients, scheme).download(readable(url), str(to), TIMEOUT)
+            if not to.exists():  # streaming's for `gs` passes over errors it does not know
+                raise OSError("the store's client gave neither the object nor a reason")
             return
         except Exception as error:  # every backend has its own kinds
             what = f"{type(error).__name__}: {one_line(error)[:300]}"

@@ -21,7 +21,10 @@ class RunStore:
         self.uri = uri.rstrip("/")
         prefix = parse_uri(self.uri)[2]
         self.prefix = f"{prefix}/" if prefix else ""
-        self.store: Any = maybe_create_object_store_from_uri(self.uri)
+        try:
+            self.store: Any = maybe_create_object_store_from_uri(self.uri)
+        except Exception as error:  # an unknown scheme, credentials that are not there: every backend has its own kinds
+            raise UserError(f"save_folder {self.uri} cannot be used: {_words(error)}") from None
 
     @cached_property
     def names(self) -> set[str]:

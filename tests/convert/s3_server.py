@@ -25,10 +25,13 @@ def rclone() -> str:
 
 
 class S3Server:
-    """Buckets are the folders of `root`. `url` is the proxy's; `environment` is what the builder needs."""
+    """Buckets are the folders of `root`; `environment` is what a client needs.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    With `tls`, a certificate and its key in one file, clients talk to the server itself and not to the proxy.
+    """
+
+    def __init__(self, root: Path, tls: Path | None = None) -> None:
+        self.root, self.tls = root, tls
         (root / "bucket").mkdir(parents=True)
         self.errors = 0  # 503 answers still to give
         self.given = 0
@@ -45,8 +48,10 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
+        proxy, server = f"http://127.0.0.1:{self._proxy.server_port}", f"https://127.0.0.1:{self._port}"
         return {
-            "S3_ENDPOINT_URL": f"http://127.0.0.1:{self._proxy.server_port}",
+            "S3_ENDPOINT_URL": server if self.tls else proxy,
+            **({"AWS_CA_BUNDLE": str(self.tls)} if self.tls else {}),
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -58,6 +63,7 @@ class S3Server:
             [
                 rclone(), "serve", "s3", "--addr", f"127.0.0.1:{self._port}", "--auth-key", f"{KEY},{SECRET}",
                 "--force-path-style", "--no-cleanup", str(self.root),
+                *(["--cert", str(self.tls), "--key", str(self.tls)] if self.tls else []),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
