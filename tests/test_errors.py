@@ -72,6 +72,7 @@ TABLE = [
     ("train.main", [TRAIN, HELD, "save_folder=ftp://box/run"], "save_folder ftp://box/run cannot be used: NotImpl"),
     ("train.main", [TRAIN, HELD, "save_folder=oci://box/run"], "save_folder oci://box/run cannot be used: "),
     ("train.main", [TRAIN, HELD, "model.hidden_size=0", "save_folder=BUILT/run"], "`model`: ZeroDivisionError"),
+    ("train.main", [TRAIN, HELD, "model.num_attention_heads=3", "save_folder=BUILT/run"], "sizes do not fit together"),
     ("train.main", [TRAIN, HELD, "model.pretrained=7", "save_folder=BUILT/run"], "`model.pretrained` is 7; it is the"),
     ("train.main", [TRAIN, HELD, "model.vocab_size=abc", "save_folder=BUILT/run"], "`model.vocab_size` is 'abc'"),
     ("train.main", [TRAIN, "generate={interval: 5, prompts: ['']}"], "`generate.prompts` holds an empty one"),

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chimera.cli import UserError, say
 from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
 from train.mixture import MixtureDataset
-from train.model import check_document_mask
+from train.model import check_document_mask, sizes_that_fit
 from train.schedule import Plan
 from train.settings import TrainSettings
 
@@ -45,14 +45,15 @@ class Curriculum(Callback):
         if not ahead:
             return
         if self.marks.document_mask:
-            with get_precision_context(state.precision, state.precision_config):
+            with get_precision_context(state.precision, state.precision_config), sizes_that_fit():
                 check_document_mask(_module(state), min(segment.seq_len for segment in ahead))
         heaviest = max(ahead, key=lambda segment: (segment.seq_len, segment.sequences_per_step))
         rank_sequences = heaviest.sequences_per_step // dist.get_world_size()
         # Where Composer finds the microbatch, one sequence is the least it can come to.
         sequences = self._microbatch(heaviest.seq_len, rank_sequences) if self.microbatch_tokens else 1
         try:
-            _trial(state, sequences, heaviest.seq_len)
+            with sizes_that_fit():
+                _trial(state, sequences, heaviest.seq_len)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
                 raise
