@@ -4,8 +4,12 @@ On `AFTER_DATALOADER`, when Composer has counted the batch, a step's blocks are 
 length, and the microbatch is set so that a device takes about the same number of tokens at every stage.
 """
 
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +19,14 @@ from composer.utils import dist
 from streaming import StreamingDataLoader
 from torch.nn.parallel import DistributedDataParallel
 
-from chimera.cli import UserError, say
+from chimera.cli import UserError, one_line, say
 from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
 from train.mixture import MixtureDataset
-from train.model import check_document_mask, sizes_that_fit
+from train.model import check_document_mask
 from train.schedule import Plan
 from train.settings import TrainSettings
+
+_SHAPES = re.compile(r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size")
 
 
 class Curriculum(Callback):
@@ -45,14 +51,14 @@ class Curriculum(Callback):
         if not ahead:
             return
         if self.marks.document_mask:
-            with get_precision_context(state.precision, state.precision_config), sizes_that_fit():
+            with get_precision_context(state.precision, state.precision_config), _sizes_that_fit():
                 check_document_mask(_module(state), min(segment.seq_len for segment in ahead))
         heaviest = max(ahead, key=lambda segment: (segment.seq_len, segment.sequences_per_step))
         rank_sequences = heaviest.sequences_per_step // dist.get_world_size()
         # Where Composer finds the microbatch, one sequence is the least it can come to.
         sequences = self._microbatch(heaviest.seq_len, rank_sequences) if self.microbatch_tokens else 1
         try:
-            with sizes_that_fit():
+            with _sizes_that_fit():
                 _trial(state, sequences, heaviest.seq_len)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
@@ -102,6 +108,22 @@ class Curriculum(Callback):
 def _module(state: State) -> Any:
     """The `CausalLM`, out of its wrapper."""
     return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+
+
+@contextmanager
+def _sizes_that_fit() -> Iterator[None]:
+    """Raise `UserError` for sizes of a model that `transformers` accepts and its forward pass does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _SHAPES.search(str(error)):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"setting `model`: its sizes do not fit together ({Path(place.filename).name}, line {place.lineno}: "
+            f"{one_line(error)[:300]}): `hidden_size` is usually an even multiple of `num_attention_heads`, and that a "
+            "multiple of `num_key_value_heads`"
+        ) from None
 
 
 def _trial(state: State, sequences: int, seq_len: int) -> None:

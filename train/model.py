@@ -5,10 +5,7 @@ The loss of a batch is the mean over its trained tokens, wherever microbatches a
 
 import dataclasses
 import os
-import re
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ from train.collate import IGNORED, trained_tokens
 from train.settings import TrainSettings
 
 VOCAB_MULTIPLE = 128  # matrix units want it
-_SHAPES = re.compile(r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size")
 
 
 class CausalLM(ComposerModel):
@@ -64,22 +60,6 @@ class CausalLM(ComposerModel):
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: Metric) -> None:
         metric.update(outputs, batch["labels"])
-
-
-@contextmanager
-def sizes_that_fit() -> Iterator[None]:
-    """Raise `UserError` for sizes of a model that `transformers` accepts and its forward pass does not."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _SHAPES.search(str(error)):
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"setting `model`: its sizes do not fit together ({Path(place.filename).name}, line {place.lineno}: "
-            f"{one_line(error)[:300]}): `hidden_size` is usually an even multiple of `num_attention_heads`, and that a "
-            "multiple of `num_key_value_heads`"
-        ) from None
 
 
 def check_document_mask(model: CausalLM, seq_len: int) -> None:
