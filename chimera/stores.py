@@ -23,7 +23,8 @@ def readable(url: str) -> str:
 def plain_uploads() -> None:
     """Have boto3 send no trailing checksum to servers other than Amazon's.
 
-    Over TLS it does so by default since 1.36, and some servers (rclone's, for one) refuse such a body (boto/boto3#4398). The environment reaches all clients of this process and its children.
+    Over TLS it does so by default since 1.36, and some servers (rclone's, for one) refuse such a body
+    (boto/boto3#4398). The environment reaches all clients of this process and its children.
     """
     others = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GCS_KEY")
     if any(os.environ.get(name) for name in others):
