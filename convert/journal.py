@@ -38,6 +38,7 @@ class PartState:
     span: int = 0
     number: int = 0
     offset: int | None = None
+    within: int = 0  # tokens of the document behind this position that are packed already
     done: bool = False
     limit: int | None = None  # the tokens the part was stopped at; None: it ended with its source
     bytes: float = 0.0  # of the source, as the progress bar counts

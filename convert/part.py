@@ -20,13 +20,13 @@ from convert.packing import Packer
 from convert.planned import StreamPlan, encoder_of, load_plan, part_folder, shard_format
 from convert.reading import Position, Row, reject_line
 from convert.settings import BuildSettings
-from convert.shards import Array, write_shard
+from convert.shards import Array
 from convert.sources import rows
+from convert.splits import Split
 from convert.store import Sender, Store, worker_store
 
 BATCH_BYTES = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
-SLICE = 1 << 22  # tokens of a longer document that are packed at a time
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Part:
         self.form = shard_format(build, plan.settings, np.dtype(encoder.dtype).name)
         self.state, arrays = journal.load(folder)
         journal.clean(folder, self.state)
-        self.splits = {name: _Split(name, self, arrays) for name in SPLITS}
+        self.splits = {name: self._split(name, arrays) for name in SPLITS}
         self.sender = Sender(store) if store else None
         self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
 
@@ -108,17 +108,28 @@ class _Part:
         if self.sender:
             self.sender.close()
 
+    def _split(self, name: str, arrays: dict[str, Array]) -> Split:
+        mine = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+        packer = Packer(
+            self.form.block_len,
+            self.encoder.pad_id,
+            self.plan.settings.packing,
+            dtype=self.encoder.dtype,
+            masked=self.form.masked,
+        )
+        return Split(self.form, self.folder / name, self.name, self.state.splits[name], packer, mine)
+
     def run(self, limit: int | None, report: Report) -> None:
         self._send()
         for batch in _batches(self._documents()):
             moved = self._add(batch, limit)
-            if any(split.pending_blocks >= self.form.blocks_per_shard for split in self.splits.values()):
-                self._commit()
+            self._write_shards()
             report(moved)
             if self.state.limit is not None:
                 break
         for split in self.splits.values():
-            split.finish()
+            split.packer.flush()
+        self._write_shards(rest=True)
         self._commit()
         if self.sender:
             self.sender.finish()
@@ -147,24 +158,14 @@ class _Part:
         state, before = self.state, self.state.splits["train"].tokens
         bytes_before = state.bytes
         for span, row, found in self._encode(batch):
-            self._step(span, row)
-            if found is None:
-                continue
-            state.read += 1
             if isinstance(found, Dropped):
                 self._drop(row, found)
-                continue
-            split, ids, mask = found
-            if len(ids) - 1 < self.plan.settings.min_tokens:
-                state.filtered["too_few_tokens"] = state.filtered.get("too_few_tokens", 0) + 1
-                continue
-            state.max_token_id = max(state.max_token_id, int(ids.max()))
-            self.splits[split].add(ids, mask)
+            elif found is not None:
+                self._pack(*found)
+            self._step(span, row, found is not None)
             if limit is not None and state.splits["train"].tokens >= limit:
                 state.limit = limit
                 break
-        for name in SPLITS:
-            self.splits[name].take()
         return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
 
     def _encode(self, batch: list[Found]) -> list[tuple[int, Row, Encoded | Dropped | None]]:
@@ -182,8 +183,21 @@ class _Part:
         batch.clear()
         return rows
 
-    def _step(self, span: int, row: Row) -> None:
-        """Move the position behind a row."""
+    def _pack(self, split: str, ids: Array, mask: Array | None) -> None:
+        """Count and pack a document; shards that a long one fills are committed on the way."""
+        state = self.state
+        if len(ids) - 1 < self.plan.settings.min_tokens:
+            state.filtered["too_few_tokens"] = state.filtered.get("too_few_tokens", 0) + 1
+            return
+        state.max_token_id = max(state.max_token_id, int(ids.max()))
+        for packed in self.splits[split].add(ids, mask, state.within):
+            state.within = packed
+            self._write_shards()
+
+    def _step(self, span: int, row: Row, read: bool) -> None:
+        """Move the position behind a row; `read` is whether it counts as one (blank lines don't)."""
+        self.state.within = 0
+        self.state.read += read
         while len(self.state.lines) <= span:
             self.state.lines.append(0)
         self.state.span = span
@@ -204,13 +218,18 @@ class _Part:
         # the span's place goes along: lines of a range are counted from its start until all parts are known
         return b"%d " % span + line
 
-    def _commit(self) -> None:
+    def _write_shards(self, rest: bool = False) -> None:
+        """Write the full shards that wait, with a commit behind each; with `rest` the last, shorter ones too."""
         for split in self.splits.values():
-            split.write()
+            while split.write(rest):
+                self._commit()
+
+    def _commit(self) -> None:
         self.rejects.flush()
         os.fsync(self.rejects.fileno())  # the state says how much of it counts
         self.state.reject_bytes = self.rejects.tell()
-        arrays = {f"{n}.{k}": v for n, split in self.splits.items() for k, v in split.arrays().items()}
+        waiting = {} if self.state.done else self.splits
+        arrays = {f"{name}.{key}": array for name, split in waiting.items() for key, array in split.arrays().items()}
         journal.save(self.folder, self.state, arrays)
         self._send()
 
@@ -243,80 +262,3 @@ def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
 
 def _size(reject: object) -> int:
     return len(reject) if isinstance(reject, bytes) else 1
-
-
-class _Split:
-    """A part's share of `train` or `eval`: the packer and the blocks that wait for a shard."""
-
-    def __init__(self, name: str, part: _Part, arrays: dict[str, Array]) -> None:
-        self.name, self.part, self.form = name, part, part.form
-        self.sent = 0  # shards handed to the sender
-        self.state = part.state.splits[name]
-        encoder = part.encoder
-        self.packer = Packer(
-            self.form.block_len,
-            encoder.pad_id,
-            part.plan.settings.packing,
-            dtype=encoder.dtype,
-            masked=self.form.masked,
-        )
-        mine = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
-        self.blocks: list[Array] = [mine.pop("blocks")] if "blocks" in mine else []
-        self.masks: list[Array] = [mine.pop("masks")] if "masks" in mine else []
-        if mine:
-            self.packer.restore(mine)
-
-    @property
-    def pending_blocks(self) -> int:
-        return sum(len(blocks) for blocks in self.blocks)
-
-    def add(self, ids: Array, mask: Array | None) -> None:
-        """Pack a document: a long one in slices, its shards written on the way, so that it is in memory once.
-
-        Slices of whole blocks give the blocks of the whole document, whatever the packing.
-        """
-        step = max(1, SLICE // self.form.block_len) * self.form.block_len
-        if len(ids) <= step:
-            self.packer.add(ids, mask)
-        else:
-            for begin in range(0, len(ids), step):
-                piece = slice(begin, begin + step)  # copied, or what is left over would keep the whole document
-                self.packer.add(ids[piece].copy(), mask[piece].copy() if mask is not None else None)
-                self.take()
-                self.write()
-        self.state.documents += 1
-        self.state.tokens += len(ids)
-
-    def take(self) -> None:
-        """Collect the blocks the packer has finished."""
-        blocks, masks, padding = self.packer.take()
-        if len(blocks):
-            self.blocks.append(blocks)
-            if masks is not None:
-                self.masks.append(masks)
-            self.state.blocks += len(blocks)
-            self.state.padding += padding
-
-    def finish(self) -> None:
-        """Turn everything that waits into blocks, and those into shards."""
-        self.packer.flush()
-        self.take()
-        self.write(rest=True)
-
-    def write(self, rest: bool = False) -> None:
-        """Write as many full shards as wait; with `rest` the last, shorter one too."""
-        while self.pending_blocks >= (1 if rest else self.form.blocks_per_shard):
-            blocks = np.concatenate(self.blocks)
-            masks = np.concatenate(self.masks) if self.masks else None
-            n = self.form.blocks_per_shard
-            name = f"shard.{self.part.name}.{len(self.state.shards):05d}"
-            now = masks[:n] if masks is not None else None
-            self.state.shards.append(write_shard(self.form, self.part.folder / self.name, name, blocks[:n], now))
-            self.blocks, self.masks = [blocks[n:]], [masks[n:]] if masks is not None else []
-
-    def arrays(self) -> dict[str, Array]:
-        """What waits for a shard, for the journal."""
-        found = {"blocks": np.concatenate(self.blocks)} if self.blocks else {}
-        if self.masks:
-            found["masks"] = np.concatenate(self.masks)
-        return {**self.packer.state(), **found} if not self.part.state.done else {}

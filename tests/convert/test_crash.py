@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from convert import journal, splits
 from convert import part as part_module
 from convert.part import Progress, run_part
 from convert.planned import part_folder
@@ -44,7 +45,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
 def test_a_long_document_packed_in_slices_gives_the_same_bytes(
     sources: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_module, "SLICE", 130)  # two blocks
+    monkeypatch.setattr(splits, "SLICE", 130)  # two blocks
     builds.build_here(builds.config(sources, tmp_path / "out"))
     assert builds.tree(tmp_path / "out") == wanted
 
@@ -105,6 +106,52 @@ def test_a_part_stopped_at_any_batch_goes_on_behind_its_last_shard(
         assert {path: path.stat().st_mtime_ns for path in before} == before  # none was written again
         redone = sum(move.tokens for move in moves[:stop]) + sum(m.tokens for m in again) - sum(m.tokens for m in moves)
         assert redone <= 2 * 6000  # at most a shard, and the batch that filled it
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "none"])
+def test_a_kill_costs_one_shard_however_many_a_document_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setattr(splits, "SLICE", 128)
+    rng = random.Random(6)
+    rows = [{"instruction": "?", "input": "", "output": builds.text(rng, words)} for words in (30, 4000, 9, 3000, 700)]
+    (tmp_path / "long.jsonl").write_bytes(builds.jsonl(rows))
+    stream = {"format": "chatml", "packing": packing, "sources": [{"files": [f"{tmp_path}/long.jsonl"]}]}
+    settings = builds.config(tmp_path, tmp_path / "out", shard_bytes=1500, streams={"long": stream})
+    work = _plan({**settings, "part_bytes": 1 << 20}, monkeypatch)
+    made: list[Path] = []
+    save, write_shard = journal.save, splits.write_shard
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments[1] / arguments[2])
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(splits, "write_shard", counted)
+    run_part(work, "long", 0, None, lambda _: None)
+    folder = part_folder(work, "long", 0)
+    complete, shards = _shards(folder), list(made)
+    assert len(shards) > 15
+    for stop in range(0, len(shards), 3):
+        for committed in (False, True):
+            os.rename(folder, work / f"long-{stop}-{committed}")
+            made.clear()
+            seen = 0
+
+            def killed(*arguments: Any, stop: int = stop, committed: bool = committed) -> None:
+                nonlocal seen
+                seen += 1
+                if committed or seen <= stop:
+                    save(*arguments)
+                if seen > stop:
+                    raise _Killed
+
+            with monkeypatch.context() as patch:
+                patch.setattr(journal, "save", killed)
+                with pytest.raises(_Killed):
+                    run_part(work, "long", 0, None, lambda _: None)
+            run_part(work, "long", 0, None, lambda _: None)
+            assert _shards(folder) == complete
+            assert sorted(made) == sorted(shards if committed else [*shards, shards[stop]])
 
 
 def _shards(folder: Path) -> dict[str, str]:
