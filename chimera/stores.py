@@ -1,7 +1,37 @@
 """What the pinned clients of object stores need before they read and write."""
 
 import os
+import re
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from chimera.cli import UserError
+
+URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/...`
+WRITABLE = re.compile(  # by streaming's uploaders; DBFS outside of volumes is left out: it replaces no file
+    r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?|alipan:///.+"
+)
+REFUSALS = {  # databricks-sdk's words for HTTP statuses
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_DOES_NOT_EXIST": 404,
+}
+
+
+def is_remote(place: str) -> bool:
+    """Whether `place` is a URL (`file://` too) rather than a path."""
+    return URL.match(place) is not None
+
+
+def check_writable(url: str) -> None:
+    """Raise `UserError` for a URL no build can write to."""
+    if not WRITABLE.fullmatch(url):
+        raise UserError(
+            f"setting `output`: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
+            "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, or "
+            "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH"
+        )
 
 
 def readable(url: str) -> str:
@@ -12,12 +42,32 @@ def readable(url: str) -> str:
     with. Raises `ValueError` where no account is named. The long form, `azure://ACCOUNT.…/BOX/PATH`, stays.
     """
     place = urlsplit(url)
-    if place.scheme != "azure" or "." in place.netloc:
+    if place.scheme not in ("azure", "azure-dl") or "." in place.netloc:
         return url
     account = os.environ.get("AZURE_ACCOUNT_NAME")
     if not account:
-        raise ValueError(f"azure://{place.netloc} needs the environment variable AZURE_ACCOUNT_NAME")
-    return f"azure://{account}/{place.netloc}{place.path}"
+        raise ValueError(f"{place.scheme}://{place.netloc} needs the environment variable AZURE_ACCOUNT_NAME")
+    return url if place.scheme == "azure-dl" else f"azure://{account}/{place.netloc}{place.path}"
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an exception of any of the stores' clients; 404 for what it calls not found."""
+    missing = None
+    while error is not None:
+        response = getattr(error, "response", None)  # botocore's is a dict, others' are requests' own
+        code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+        names = ("status_code", "status", "code")
+        for found in (code, *(getattr(place, name, None) for place in (error, response) for name in names)):
+            if str(found).isdigit():
+                return int(str(found))
+        if refusal := REFUSALS.get(str(getattr(error, "error_code", None))):
+            return refusal
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            return None  # the hub's client found nothing on this machine, for it could not ask the hub
+        if code in ("NoSuchKey", "NoSuchBucket") or isinstance(error, FileNotFoundError):
+            missing = 404  # but streaming may say so of what was a refusal
+        error = error.__cause__
+    return missing
 
 
 def plain_uploads() -> None:
@@ -29,3 +79,27 @@ def plain_uploads() -> None:
     others = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GCS_KEY")
     if any(os.environ.get(name) for name in others):
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+
+
+class HubUploader:
+    """Uploads into `hf://datasets/OWNER/NAME/PATH`, one commit a file, by the interface of streaming's uploaders.
+
+    Streaming's own (0.13.0) leaves PATH out, so that its downloader does not find what it wrote.
+    """
+
+    def __init__(self, root: str, local: str) -> None:
+        from huggingface_hub import HfApi
+
+        owner, name, *folders = root.removeprefix("hf://datasets/").split("/")
+        self.local, self._set, self._path = local, f"{owner}/{name}", "/".join(folders)
+        self._api = HfApi()
+
+    def upload_file(self, filename: str) -> None:
+        """`local/filename` into the set."""
+        self._api.upload_file(
+            path_or_fileobj=Path(self.local, filename),
+            path_in_repo=f"{self._path}/{filename}".lstrip("/"),
+            repo_id=self._set,
+            repo_type="dataset",
+            commit_message=f"Add {filename}",
+        )

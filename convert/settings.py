@@ -6,11 +6,11 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
 from chimera.cli import UserError
+from chimera.stores import check_writable, is_remote
 from convert.documents import IM_END
 from convert.packing import PACKINGS
 
@@ -97,11 +97,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def is_remote(output: str) -> bool:
-    """Whether `output` is a URL of an object store rather than a folder."""
-    return bool(urlsplit(output).scheme)
-
-
 def identity(settings: BuildSettings) -> dict[str, Any]:
     """The settings that decide the output, as JSON values; two builds with equal identities write equal bytes.
 
@@ -159,6 +154,8 @@ def _check_build(settings: BuildSettings) -> None:
     for key, value in (("output", settings.output), ("tokenizer.path", settings.tokenizer.path)):
         if value in (MISSING, ""):
             raise UserError(f"setting `{key}` is missing")
+    if settings.remote:
+        check_writable(settings.output)
     if not settings.streams:
         raise UserError("`streams` is empty: name at least one stream and its sources")
     _positive("block_len", settings.block_len)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError, one_line, say
-from chimera.stores import plain_uploads, readable
+from chimera.stores import HubUploader, plain_uploads, readable, status_of
 from convert.journal import SENT
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -95,7 +95,7 @@ class Store:
             self._download(key, place)
             return place.read_bytes()
         except Exception as error:
-            if _status(error) == 404:
+            if status_of(error) == 404:
                 return None
             raise
         finally:
@@ -124,7 +124,11 @@ class Store:
             staging = self._scratch / "staging"
             staging.mkdir(parents=True, exist_ok=True)
             try:
-                self._uploader = CloudUploader.get((str(staging), self._root), keep_local=True, retry=1, exist_ok=True)
+                if self._root.startswith("hf:"):
+                    self._uploader = HubUploader(self._root, str(staging))
+                else:
+                    place = (str(staging), self._root)
+                    self._uploader = CloudUploader.get(place, keep_local=True, retry=1, exist_ok=True)
             except (KeyError, ValueError) as error:
                 raise Refused(one_line(error)) from None
         return self._uploader
@@ -135,7 +139,7 @@ class Store:
                 return act()
             except Exception as error:
                 said = one_line(error)[:300] or type(error).__name__
-                final = isinstance(error, (Refused, ImportError)) or _status(error) in (401, 403, 404)
+                final = isinstance(error, (Refused, ImportError)) or status_of(error) in (401, 403, 404)
                 if final or attempt == self._retries or type(error).__name__ == "NoCredentialsError":
                     raise UserError(
                         f"{what} failed after {attempt} attempt{'s' if attempt > 1 else ''}: {said}: mend it and run "
@@ -145,20 +149,6 @@ class Store:
                 say(f"{what}: {said}; attempt {attempt + 1} of {self._retries} in {seconds:g} s")
                 time.sleep(seconds)
         raise AssertionError("unreachable")
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an exception of any of the stores' clients."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        code: Any = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-        for found in (code, *(getattr(error, name, None) for name in ("status_code", "status", "code"))):
-            if str(found).isdigit():
-                return int(found)
-        if code in ("NoSuchKey", "NoSuchBucket") or isinstance(error, FileNotFoundError):
-            return 404
-        error = error.__cause__
-    return None
 
 
 class Sender:

@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chimera.cli import UserError, one_line, progress, run, say
+from chimera.stores import is_remote
 from convert.block_rules import BlockRules
 from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
-from convert.settings import is_remote
 from convert.shards import Json, digest, file_of
 from convert.store import Store
 

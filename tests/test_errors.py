@@ -71,6 +71,7 @@ TABLE = [
     ("train.main", [TRAIN, HELD, "save_folder=/dev/null"], "save_folder /dev/null cannot be written to"),
     ("train.main", [TRAIN, HELD, "save_folder=ftp://box/run"], "save_folder ftp://box/run cannot be used: NotImpl"),
     ("train.main", [TRAIN, HELD, "save_folder=oci://box/run"], "save_folder oci://box/run cannot be used: "),
+    ("train.main", [TRAIN, HELD, "save_folder=dbfs:/Volumes/a/b/c/run"], "Composer's client replaces no file there"),
     ("train.main", [TRAIN, HELD, "model.hidden_size=0", "save_folder=BUILT/run"], "`model`: ZeroDivisionError"),
     ("train.main", [TRAIN, HELD, "model.num_attention_heads=3", "save_folder=BUILT/run"], "sizes do not fit together"),
     ("train.main", [TRAIN, HELD, "model.pretrained=7", "save_folder=BUILT/run"], "`model.pretrained` is 7; it is the"),
@@ -84,6 +85,9 @@ TABLE = [
     ("train.main", [TRAIN, "phases.7.steps=1"], "override `phases.7.steps=1`"),
     # Building: settings
     ("convert.build_shards", [SHARDS, "output=''"], "setting `output` is missing"),
+    ("convert.build_shards", [SHARDS, "output=s3:/bucket/x"], "s3:/bucket/x is not an address to write to"),
+    ("convert.build_shards", [SHARDS, "output=hf://datasets/me"], "hf://datasets/me is not an address to write to"),
+    ("convert.build_shards", [SHARDS, "output=dbfs:/Volumes/a/b"], "dbfs:/Volumes/a/b is not an address to write to"),
     ("convert.build_shards", ["BUILT/nothing.yaml"], "`streams` is empty"),
     ("convert.build_shards", [SHARDS, "block_len=100"], "block_len: 100 must be a multiple of 8"),
     ("convert.build_shards", [SHARDS, "shard_bytes=4000000000"], "must be below 2147483648"),

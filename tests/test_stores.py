@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chimera.stores import plain_uploads, readable
+from chimera.stores import is_remote, plain_uploads, readable, status_of
 from convert.store import Store
 from tests.convert.s3_server import S3Server
 from train.remote import download
@@ -24,6 +24,25 @@ def test_a_container_of_azure_is_read_where_it_was_written(monkeypatch: pytest.M
     monkeypatch.delenv("AZURE_ACCOUNT_NAME")
     with pytest.raises(ValueError, match="azure://box needs the environment variable AZURE_ACCOUNT_NAME"):
         readable("azure://box/shards")
+
+
+def test_an_address_is_told_from_a_path() -> None:
+    addresses = [
+        "s3://box/a",
+        "azure-dl://box/a",
+        "dbfs:/Volumes/main/default/a",
+        "hf://datasets/me/a",
+        "file:///mnt/a",
+    ]
+    paths = ["data/shards", "/mnt/s3://a", "./s3:a", "C:/shards", "runs/a:/b", ""]
+    assert [place for place in [*addresses, *paths] if is_remote(place)] == addresses
+
+
+def test_a_hub_out_of_reach_is_not_taken_for_an_empty_one() -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    assert status_of(FileNotFoundError("no such object")) == 404
+    assert status_of(LocalEntryNotFoundError("cannot reach the hub")) is None
 
 
 def test_amazon_keeps_its_checksums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from chimera.cli import UserError, say
+from chimera.stores import is_remote
 from train import ordering
 from train.index import Shard, StoredFile, StreamIndex
 from train.remote import download
@@ -55,7 +56,7 @@ class ShardCache:
     """Opens shards of one root. `cache` is a local folder, `limit` in bytes of all raw shards in it."""
 
     def __init__(self, root: str, cache: str, limit: int | None = None) -> None:
-        self.remote = "://" in root
+        self.remote = is_remote(root)
         if limit is not None and not self.remote:
             raise UserError(
                 f"setting `cache_limit` is given, but the shards at {root} are local: nothing can be fetched again "

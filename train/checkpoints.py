@@ -21,7 +21,8 @@ from composer.core import Event
 from composer.utils import dist, reproducibility
 
 from chimera.cli import UserError, say
-from train.run_store import RunStore
+from chimera.stores import is_remote
+from train.run_store import RunStore, prefix_of
 from train.start import damage_of, find_checkpoints
 
 PREEMPTED = 143  # exit code: 128 + SIGTERM
@@ -47,8 +48,7 @@ class Checkpoints(CheckpointSaver):
         self.stop_signal: int | None = None
         self.stopping = False
         self.handlers: dict[int, Any] = {}
-        remote = re.fullmatch(r"[a-z0-9]+://[^/]+/?(.*)", folder)
-        prefix = f"{remote[1].rstrip('/')}/" if remote and remote[1] else ""
+        prefix = prefix_of(folder) if is_remote(folder) else ""
         super().__init__(
             folder=folder,
             remote_file_name=f"{prefix}ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt",

@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 
 from chimera.cli import UserError, one_line, run, say
 from chimera.stack import check_stack
+from chimera.stores import is_remote
 
 # The rendering of convert/documents.py: a newline between turns, none after the last.
 CHAT_TEMPLATE = (
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     check_stack()
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty: give a new folder")
-    if "://" not in args.checkpoint:
+    if not is_remote(args.checkpoint):
         export(Path(args.checkpoint), args.out, args.dtype)
     else:
         from train.run_store import fetch

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chimera.cli import UserError, one_line
+from chimera.stores import is_remote
 from train.shards import fetch
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -93,7 +94,7 @@ class StreamIndex:
 def stream_names(root: str) -> set[str]:
     """Streams at a local root; none at a remote one, which cannot be listed."""
     folder = Path(root)
-    if "://" in root or not folder.is_dir():
+    if is_remote(root) or not folder.is_dir():
         return set()
     return {p.name for p in folder.iterdir() if (p / "index.json").is_file() or (p / "train/index.json").is_file()}
 

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 
 from chimera.cli import UserError, parse, run, say
 from chimera.stack import check_stack
-from chimera.stores import plain_uploads
+from chimera.stores import is_remote, plain_uploads
 from train.settings import TrainSettings, plan_of, read_settings
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan",
     stop_with_parent()
     until = duration(settings.max_duration, plan.steps)
     folder = run_folder(settings.run_name, settings.save_folder)
-    remote = "://" in settings.save_folder
+    remote = is_remote(settings.save_folder)
     dist.initialize_dist(get_device(None), timeout=settings.dist_timeout)
     leader = dist.get_global_rank() == 0
 

@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from chimera.cli import parse, run, say
+from chimera.stores import is_remote
 from train.cache import ShardCache, smallest_cache
 from train.index import StreamIndex, open_indexes, read_manifest, stream_names
 from train.schedule import Plan
@@ -139,7 +140,7 @@ def table(settings: TrainSettings, plan: Plan, about: dict[str, Any]) -> list[st
         known = ["-", "-"] if held is None else [str(held), f"{passes:.2f}"]
         rows.append([name, amount(stream["tokens"]), str(stream["blocks"]), *known])
     lines += aligned(rows)
-    if about["smallest_cache_limit"] is not None and "://" in settings.shards:
+    if about["smallest_cache_limit"] is not None and is_remote(settings.shards):
         lines += ["", f"smallest cache_limit: {about['smallest_cache_limit']} bytes ({settings.shards} is remote)"]
     return lines
 

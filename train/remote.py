@@ -1,18 +1,16 @@
 """Files from wherever streaming can read: s3://, gs://, azure://, oci://, …, and file:// for a mounted folder."""
 
-import re
 import shutil
 import threading
 from pathlib import Path
 
 from chimera.cli import one_line
-from chimera.stores import readable
+from chimera.stores import readable, status_of
 
 ATTEMPTS = 3
 TIMEOUT = 60.0  # seconds without an answer
-MISSING = re.compile(r"(?<![\w./-])404(?!\w)|nosuchkey|not ?found", re.IGNORECASE)  # not the 404 of a shard's name
 
-_clients = threading.local()  # one downloader a thread and scheme: their clients are slow to make, and not shared
+_clients = threading.local()  # downloaders of a thread by scheme: their clients are slow to make, and not shared
 
 
 def download(url: str, to: Path) -> None:
@@ -21,9 +19,9 @@ def download(url: str, to: Path) -> None:
     A failure is tried again twice. The message never holds more than the backend's own words.
     """
     to.unlink(missing_ok=True)
-    scheme, _, rest = url.partition("://")
+    scheme = url.partition(":")[0]
     if scheme == "file":
-        shutil.copyfile(rest, to)
+        shutil.copyfile(url.removeprefix("file://"), to)
         return
     from streaming.base.storage.download import CloudDownloader
 
@@ -37,10 +35,10 @@ def download(url: str, to: Path) -> None:
             return
         except Exception as error:  # every backend has its own kinds
             what = f"{type(error).__name__}: {one_line(error)[:300]}"
-            answer = getattr(error, "response", None)  # botocore's
-            if isinstance(answer, dict) and answer.get("Error", {}).get("Code") == "403":  # streaming says "not found"
-                raise OSError("access denied (403): check the credentials and their permissions") from None
-            if isinstance(error, FileNotFoundError) or MISSING.search(what):
+            status = status_of(error)
+            if status in (401, 403):  # streaming's words for it may be "not found"
+                raise OSError(f"access denied ({status}): check the credentials and their permissions") from None
+            if status == 404:
                 raise FileNotFoundError(what) from None
             if attempt == ATTEMPTS or isinstance(error, ImportError | ValueError):
                 raise OSError(what) from None

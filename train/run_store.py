@@ -9,6 +9,7 @@ from typing import Any
 from composer.utils import get_file, maybe_create_object_store_from_uri, parse_uri
 
 from chimera.cli import UserError, one_line
+from chimera.stores import is_remote
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")  # Composer's; the same in a local folder
 RUN_FILES = ("steps.jsonl", "metrics.jsonl", "starts.jsonl", "config.json")  # beside the checkpoints
@@ -19,8 +20,12 @@ class RunStore:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
-        prefix = parse_uri(self.uri)[2]
-        self.prefix = f"{prefix}/" if prefix else ""
+        self.prefix = prefix_of(self.uri)
+        if self.uri.startswith("dbfs:"):  # Composer's client, 0.32.1, passes no `overwrite` on
+            raise UserError(
+                f"save_folder {self.uri} cannot be used: Composer's client replaces no file there: name the folder it "
+                "is mounted at (/Volumes/...)"
+            )
         try:
             self.store: Any = maybe_create_object_store_from_uri(self.uri)
         except Exception as error:  # an unknown scheme, credentials that are not there: every backend has its own kinds
@@ -46,6 +51,7 @@ class RunStore:
         Another machine may have gone on since this one did: the store's copy counts, unless it ends before `step` and
         the local one reaches further.
         """
+        folder = folder.absolute()  # Composer 0.32.1 joins a relative name to its folder once more on OCI
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.names.intersection(RUN_FILES):
             copy, ours = folder / f".{file}.fetched", folder / file
@@ -61,11 +67,18 @@ class RunStore:
                 self.store.upload_object(self.prefix + file, folder / file)
 
 
+def prefix_of(uri: str) -> str:
+    """What the names of a remote `save_folder`'s objects begin with."""
+    prefix = parse_uri(uri.rstrip("/"))[2]
+    return f"{prefix}/" if prefix else ""
+
+
 def fetch(uri: str, path: Path) -> None:
     """Download the checkpoint at `uri` (or the one that a `latest-rank0.pt` there names) to `path`, over what is there.
 
     Raises `UserError` where that fails.
     """
+    path = path.absolute()  # as in `fetch_files`
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         get_file(uri, str(path), overwrite=True, progress_bar=False)
@@ -75,7 +88,7 @@ def fetch(uri: str, path: Path) -> None:
 
 def run_folder(run_name: str, save_folder: str) -> Path:
     """The local folder of the run's own files: `save_folder`, or for a remote one `runs/RUN_NAME-HASH of its URI`."""
-    if "://" not in save_folder:
+    if not is_remote(save_folder):
         return Path(save_folder)
     return Path("runs", f"{run_name}-{sha256(save_folder.rstrip('/').encode()).hexdigest()[:8]}")
 

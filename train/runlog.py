@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chimera.cli import UserError, one_line
+from chimera.stores import is_remote
 from train.schedule import Plan
 from train.settings import TrainSettings, plan_of
 
@@ -157,7 +158,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in a save folder; raises `UserError` where there is none that can be read."""
-    if "://" in str(folder) or str(folder).startswith(("s3:/", "gs:/", "azure:/", "oci:/")):
+    if is_remote(str(folder)):
         raise UserError(
             f"{folder} is not a local folder: the files the report reads lie on the machine of rank 0, in the folder "
             "of runs/ that the run names at its end"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chimera.cli import UserError, one_line
+from chimera.stores import is_remote
 from train.remote import download
 
 
@@ -119,7 +120,7 @@ def fetch(root: str, name: str, cache: str, digest: str | None = None) -> Path |
 
     From a remote root it is downloaded into `cache` each time, unless a copy with sha256 `digest` is there.
     """
-    if "://" not in root:
+    if not is_remote(root):
         path = Path(root, name)
         return path if path.is_file() else None
     key = hashlib.sha256(root.encode()).hexdigest()[:16]

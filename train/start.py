@@ -12,6 +12,7 @@ from pathlib import Path
 from composer.utils import dist
 
 from chimera.cli import UserError, say
+from chimera.stores import is_remote
 from train.run_store import NAME, RunStore, fetch
 from train.settings import TrainSettings
 
@@ -40,7 +41,7 @@ def choose_start(settings: TrainSettings, folder: Path) -> Start:
     Args:
         folder: local folder of the run; what is in an object store is fetched into it.
     """
-    store = RunStore(settings.save_folder) if "://" in settings.save_folder else None
+    store = RunStore(settings.save_folder) if is_remote(settings.save_folder) else None
     found = store.checkpoints() if store else find_checkpoints(folder)
     start = None
     if settings.autoresume:
@@ -84,22 +85,24 @@ def _given(path: str, folder: Path) -> Start:
     file = _fetched(path, folder)
     if damage := damage_of(file):
         raise UserError(f"setting `load_path`: checkpoint {path} cannot be read: {damage}")
-    match = NAME.fullmatch(Path(path).name if "://" in path else file.resolve().name)
+    match = NAME.fullmatch(Path(path).name if is_remote(path) else file.resolve().name)
     return Start(int(match[2]) if match else int(read_checkpoint(file)["dataset_state"]["train"]["step"]), path)
 
 
 def _same(path: str, other: str) -> bool:
-    return path == other or ("://" not in path + other and Path(path).resolve() == Path(other).resolve())
+    if is_remote(path) or is_remote(other):
+        return path == other
+    return Path(path).resolve() == Path(other).resolve()
 
 
 def on_this_node(path: str, folder: Path) -> Path:
     """Where the checkpoint `path` is, or is fetched to, on this node."""
-    return folder / FETCHED.format(dist.get_node_rank()) if "://" in path else Path(path)
+    return folder / FETCHED.format(dist.get_node_rank()) if is_remote(path) else Path(path)
 
 
 def _fetched(path: str, folder: Path) -> Path:
     file = on_this_node(path, folder)
-    if "://" in path:
+    if is_remote(path):
         fetch(path, file)
     return file
 

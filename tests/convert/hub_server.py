@@ -1,9 +1,10 @@
 """A loopback server that speaks the hub's API to the real client, with faults on demand.
 
 Answers `/api/datasets/ID[/revision/REV]`, `/tree/REV`, `/paths-info/REV` and `/datasets/ID/resolve/REV/PATH` with
-ranges, as `datasets` 4 and `huggingface_hub` ask for them (`HF_ENDPOINT`).
+ranges, as `datasets` 4 and `huggingface_hub` ask for them (`HF_ENDPOINT`), and takes small files (`/commit/REV`).
 """
 
+import base64
 import hashlib
 import json
 import socket
@@ -125,6 +126,18 @@ class _Handler(BaseHTTPRequestHandler):
             folders = [p for p in asked if p not in files and any(f.startswith(f"{p}/") for f in files)]
             found += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
             return self._json(200, found)
+        if rest.startswith("/preupload/"):
+            asked = json.loads(self.body)["files"]
+            return self._json(
+                200,
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]},
+            )
+        if rest.startswith("/commit/"):
+            for line in map(json.loads, self.body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"{self.hub.url}/datasets/{name}/commit/{COMMIT}"
+            return self._json(200, {"success": True, "commitOid": COMMIT, "commitUrl": url})
         self.hub.unknown.append(f"{self.command} {self.path}")
         return self._missing()
 

@@ -173,11 +173,10 @@ def test_shards_of_parts_that_ran_ahead_of_max_tokens_are_removed(
     assert objects(s3) == builds.tree(tmp_path / "local")
 
 
-@pytest.mark.parametrize("output", ["s3://no-such-bucket/x", "nowhere://bucket/x"])
 @pytest.mark.usefixtures("s3")
-def test_an_output_that_is_not_there_is_one_clear_line(sources: Path, tmp_path: Path, output: str) -> None:
-    with pytest.raises(UserError, match=f"{output}/manifest.json failed|{output}/builder.json failed"):
-        builds.build_here({**remote(sources, tmp_path), "output": output})
+def test_a_bucket_that_is_not_there_is_one_clear_line(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/x/builder\.json failed"):
+        builds.build_here({**remote(sources, tmp_path), "output": "s3://no-such-bucket/x"})
 
 
 @pytest.mark.chaos
