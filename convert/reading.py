@@ -151,6 +151,9 @@ def columns_as_rows(batch: Any) -> Iterator[object]:
         batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.large_binary())]))
     nested = [name for name in batch.schema.names if pa.types.is_nested(batch.schema.field(name).type)]
     for i in range(batch.num_rows):
+        if batch.nbytes > LONGEST_LINE and batch.slice(i, 1).nbytes > LONGEST_LINE:
+            yield Dropped("rejected", "row_too_long")
+            continue
         if any(_values(batch.column(name).slice(i, 1)) > MOST_VALUES for name in nested):
             yield Dropped("rejected", "too_many_values")
             continue

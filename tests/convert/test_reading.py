@@ -101,6 +101,21 @@ def test_equal_large_values_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch
         assert max(seen) < 64 * 110_000
 
 
+def test_a_row_too_long_for_memory_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(reading, "LONGEST_LINE", 100)
+    said = [[{"role": "user", "content": "a" * length}] for length in (50, 60, 500, 70)]
+    for name, column in (("text", ["a" * 60, "b" * 101, "", "c" * 90, "d" * 3000]), ("messages", said)):
+        pq.write_table(pa.table({name: column}), tmp_path / f"{name}.parquet")
+        span = Span("parquet", str(tmp_path / f"{name}.parquet"), 0, None, 1000)
+        rows = list(rows_of_file(span, "text" if name == "text" else None, Position()))
+        long = [row.number for row in rows if row.value == Dropped("rejected", "row_too_long")]
+        assert long == ([1, 4] if name == "text" else [2])
+        assert [row.number for row in rows] == list(range(len(column)))
+
+
 def test_a_line_too_long_for_memory_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LONGEST_LINE", 100)
     file = tmp_path / "a.jsonl"
