@@ -1,14 +1,12 @@
 """What a run is given besides its data: loggers, speed, gradient clipping - Composer's own, chosen by settings."""
 
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from composer import Callback, Logger, State
 from composer.algorithms import GradientClipping
-from composer.callbacks import LRMonitor, SpeedMonitor
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
@@ -68,25 +66,6 @@ def _tracker(name: str, settings: TrainSettings, folder: Path) -> LoggerDestinat
     from composer.loggers import MLFlowLogger
 
     return MLFlowLogger(experiment_name=settings.run_name, run_name=settings.run_name, resume=True)
-
-
-def speed(model: CausalLM, on_gpu: bool) -> Sequence[Callback]:
-    """Throughput (and on a GPU model flops utilisation), and the learning rate.
-
-    Flops a token are 6 for each parameter plus 12 · layers · hidden · seq_len for attention (Chowdhery et al.,
-    "PaLM", 2022, appendix B).
-    """
-    config = model.model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
-
-    def flops_per_batch(batch: dict[str, Any]) -> float:
-        sequences, length = batch["input_ids"].shape
-        return sequences * length * (6 * parameters + 12 * layers * hidden * length)
-
-    if on_gpu:
-        model.flops_per_batch = flops_per_batch  # what SpeedMonitor looks for
-    return [SpeedMonitor(window_size=10), LRMonitor()]
 
 
 def clipping(norm: float | None) -> list[GradientClipping]:

@@ -141,10 +141,11 @@ def build_trainer(
     """Composer's Trainer over the mixture, with everything the settings ask for."""
     import torch
     from composer import DataSpec, Trainer
+    from composer.callbacks import LRMonitor, SpeedMonitor
     from composer.optim import DecoupledAdamW
     from composer.utils import dist, get_device
 
-    from train.callbacks import About, ProgressLines, SetOptimizer, clipping, loggers, speed
+    from train.callbacks import About, ProgressLines, SetOptimizer, clipping, loggers
     from train.checkpoints import Checkpoints, RestoreRandomState
     from train.collate import Marks
     from train.curriculum import Curriculum, MixtureLoader, count_samples, count_tokens, microbatch
@@ -199,7 +200,8 @@ def build_trainer(
         Curriculum(plan, marks, tokens_at_once),
         SetOptimizer(settings, plan.steps),
         About(model, shards, settings),
-        *speed(model, on_gpu),
+        SpeedMonitor(window_size=10),
+        LRMonitor(),
         *([] if sys.stderr.isatty() else [ProgressLines(until.value)]),
         *([Generate(settings.generate, shards)] if settings.generate.interval else []),
         Checkpoints(settings.save_folder, folder, settings.save_interval, settings.save_keep),

@@ -30,6 +30,7 @@ class CausalLM(ComposerModel):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.size = sum(p.numel() for p in model.parameters())  # of the whole, before FSDP cuts it
         # transformers 4.53 lets flash attention tell documents apart in a batch of one only; positions restart at each
         # sequence too, so that all of them may lie in one row.
         self.in_one_row = model.config._attn_implementation == "flash_attention_2"
@@ -51,6 +52,17 @@ class CausalLM(ComposerModel):
         """Mean cross-entropy in nats over the trained tokens of `batch`, a scalar; 0 where there are none."""
         trained = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)  # stays on the device: no sync
         return token_losses(outputs, batch["labels"]).sum() / trained
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
+        """Of a forward and a backward pass, by this name Composer's SpeedMonitor asks for it.
+
+        A token takes 6 for each parameter and 12 · layers · hidden · seq_len for attention (Chowdhery et al., "PaLM",
+        2022, appendix B).
+        """
+        sequences, length = batch["input_ids"].shape
+        config = self.model.config
+        layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+        return float(sequences * length * (6 * self.size + 12 * layers * hidden * length))
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
         return self.forward(batch) if outputs is None else outputs
