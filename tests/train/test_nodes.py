@@ -77,7 +77,7 @@ def test_two_nodes_of_two_ranks_resume_and_train_as_one_rank_does(overrides, tmp
 
 def test_two_nodes_that_share_no_folder_resume_from_an_object_store(overrides, tmp_path, monkeypatch):
     config = ["model.attention_dropout=0.0", "num_canonical_nodes=2"]
-    main(overrides("one", *config, "max_duration=15ba"))
+    main(overrides("one", *config, "max_duration=8ba"))
     remote = overrides("unused", *config, "save_folder=s3://bucket/run", "run_name=several", "dist_timeout=60")
     with S3Server(tmp_path / "s3") as server:
         for name, value in server.environment.items():
@@ -85,9 +85,9 @@ def test_two_nodes_that_share_no_folder_resume_from_an_object_store(overrides, t
         launch_nodes(tmp_path, [*remote, "max_duration=6ba"], ranks=1)
         newest = tmp_path / "s3/bucket/run/ep0-ba6-rank0.pt"
         newest.write_bytes(newest.read_bytes()[:5000])
-        said = launch_nodes(tmp_path, [*remote, "max_duration=15ba"], ranks=1)
+        said = launch_nodes(tmp_path, [*remote, "max_duration=8ba"], ranks=1)
     assert "ep0-ba6-rank0.pt is damaged" in said
-    assert "starting at step 5 of 15 from s3://bucket/run/ep0-ba5-rank0.pt" in said
+    assert "starting at step 5 of 8 from s3://bucket/run/ep0-ba5-rank0.pt" in said
     local = run_folder("several", "s3://bucket/run")
     ours, theirs = steps_of(tmp_path / "node0" / local), steps_of(tmp_path / "one")
     assert [line["digest"] for line in ours] == [line["digest"] for line in theirs]
