@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError
@@ -54,17 +55,17 @@ def status_of(error: BaseException | None) -> int | None:
     """The HTTP status behind an exception of any of the stores' clients; 404 for what it calls not found."""
     missing = None
     while error is not None:
-        response = getattr(error, "response", None)  # botocore's is a dict, others' are requests' own
-        code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+        response: Any = getattr(error, "response", None)  # botocore's is a dict, others' are requests' own
+        known = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
         names = ("status_code", "status", "code")
-        for found in (code, *(getattr(place, name, None) for place in (error, response) for name in names)):
+        for found in (known, *(getattr(place, name, None) for place in (error, response) for name in names)):
             if str(found).isdigit():
                 return int(str(found))
         if refusal := REFUSALS.get(str(getattr(error, "error_code", None))):
             return refusal
         if type(error).__name__ == "LocalEntryNotFoundError":
             return None  # the hub's client found nothing on this machine, for it could not ask the hub
-        if code in ("NoSuchKey", "NoSuchBucket") or isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError):
             missing = 404  # but streaming may say so of what was a refusal
         error = error.__cause__
     return missing

@@ -11,6 +11,7 @@ import re
 import signal
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from composer import Callback, Logger, State, Time, TimeUnit, Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Event
-from composer.utils import dist, reproducibility
+from composer.utils import dist, parse_uri, reproducibility
 
 from chimera.cli import UserError, say
 from chimera.stores import is_remote
@@ -57,8 +58,11 @@ class Checkpoints(CheckpointSaver):
             overwrite=True,  # what is newer than the checkpoint a run resumes from is its own to write again
             num_checkpoints_to_keep=keep,
         )
-        # Composer's 30 seconds between looks for an upload are more than a preempted machine has.
+        # A preempted machine has seconds, and Composer would take 30 between two looks for an upload, after some ten
+        # to import itself in a process that looks.
         self._symlink_upload_wait_before_next_try_in_seconds = 1.0
+        if self.remote_uploader is not None:
+            self.remote_uploader.check_remote_files_exist_executor = ThreadPoolExecutor(2)
 
     def _is_due(self, state: State, event: Event) -> bool:
         if event != Event.BATCH_CHECKPOINT:
@@ -73,6 +77,8 @@ class Checkpoints(CheckpointSaver):
         if dist.get_global_rank() == 0 and self.remote_uploader is None:
             older = [(s, p) for s, p in find_checkpoints(Path(self.folder)) if s <= step]
             self.saved_checkpoints = [path for _, path in reversed(older)]
+        elif dist.get_global_rank() == 0:
+            self.remote_uploader.upload_executor.submit(parse_uri, self.uri)  # so that its process imports Composer now
         for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask_to_stop)
 
