@@ -8,8 +8,10 @@ import bz2
 import functools
 import gzip
 import io
+import itertools
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,11 +20,16 @@ from typing import Any, BinaryIO, NamedTuple
 from chimera.cli import UserError
 from convert.documents import MOST_VALUES, Dropped, parse_line
 
+# Arrow's own allocator keeps what is freed (of a page of 400 MB: 190 MB), the system's does not; read when it loads.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
 BOM = b"\xef\xbb\xbf"
 LONGEST_LINE = 101 << 20  # bytes; a longer line is rejected unread, so that a worker stays below 1 GiB
 RAW_SHOWN = 1 << 20  # bytes of a rejected row that its reject line shows
-_BATCH_BYTES, _BATCH_ROWS = 1 << 20, 64  # of parquet text decoded at a time
-LARGE_BATCH = 16 << 20  # bytes of a batch after which rows are read one by one
+BATCH_ROWS = 16  # decoded at a time by Arrow,
+LONG_ROW = 16 << 10  # bytes: where rows are as long on average they are decoded one by one, and
+LARGE_BATCH = 16 << 20  # bytes: after a batch as large as well
+_BUFFER = 1 << 20  # bytes of a parquet column read at a time
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 
@@ -69,7 +76,9 @@ def rows_of_file(span: Span, column: str | None, start: Position) -> Iterator[Ro
     """
     try:
         if span.kind == "parquet":
-            yield from _parquet_rows(span, column, start)
+            with open_parquet(span.file) as parquet:
+                columns = [column] if column else conversation_columns(parquet.schema_arrow.names)
+                yield from parquet_rows(parquet, span, columns, start)
         else:
             with open(span.file, "rb") as file:
                 yield from jsonl_rows(span, start, file)
@@ -88,34 +97,43 @@ def conversation_columns(names: list[str]) -> list[str]:
     return found if "messages" in found or {"instruction", "output"} <= set(found) else []
 
 
-def _parquet_rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
+def open_parquet(file: Any) -> Any:
+    """A `pyarrow.parquet.ParquetFile` (of a path or an open file) that holds no more of a file than it must."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(span.file, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
-        meta = file.metadata
-        columns = [column] if column else conversation_columns(file.schema_arrow.names)
-        groups = range(span.begin, meta.num_row_groups if span.end is None else span.end)
-        first = sum(meta.row_group(g).num_rows for g in range(span.begin))
-        share = span.bytes / max(1, sum(meta.row_group(g).num_rows for g in groups))
-        passed = 0  # rows of the span before the batch at hand
-        for group in groups:
-            in_group = meta.row_group(group).num_rows
-            if passed + in_group <= start.number:
-                passed += in_group
-                continue
-            read = functools.partial(file.iter_batches, row_groups=[group], columns=columns, use_threads=False)
-            encoded = meta.row_group(group).total_byte_size // max(1, in_group)
-            begun = next(iter(read(batch_size=1)), None)  # its real size: a dictionary hides that of equal values
-            size = max(1, encoded, begun.nbytes if begun else 0)
-            number = max(start.number, passed)
-            for batch in bounded(read, max(1, min(_BATCH_ROWS, _BATCH_BYTES // size)), number - passed):
-                for value in columns_as_rows(batch):
-                    raw = None if isinstance(value, Dropped) else value
-                    row = Row(value, raw, first + number, share, Position(number + 1))
-                    del value, raw
-                    yield row
-                    number += 1
-            passed += in_group
+    return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+
+
+def column_bytes(group: Any, columns: list[str]) -> int:
+    """Of a row group's metadata: how much its pages of these columns hold, a dictionary's values once."""
+    chunks = map(group.column, range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+
+
+def parquet_rows(file: Any, span: Span, columns: list[str], start: Position) -> Iterator[Row]:
+    """The rows of a span of an open parquet file from `start` on; row groups before it are not read."""
+    meta = file.metadata
+    groups = range(span.begin, meta.num_row_groups if span.end is None else span.end)
+    first = sum(meta.row_group(g).num_rows for g in range(span.begin))
+    share = span.bytes / max(1, sum(meta.row_group(g).num_rows for g in groups))
+    passed = 0  # rows of the span before the group at hand
+    for group in groups:
+        in_group = meta.row_group(group).num_rows
+        number = max(start.number, passed)
+        passed += in_group
+        if passed <= number:
+            continue
+        read = functools.partial(file.iter_batches, row_groups=[group], columns=columns, use_threads=False)
+        size = column_bytes(meta.row_group(group), columns) // in_group
+        if size < LONG_ROW:  # as it seems: of equal values the dictionary holds one
+            size = max(batch.nbytes for batch in itertools.islice(read(batch_size=1), 1))
+        for batch in bounded(read, BATCH_ROWS if size < LONG_ROW else 1, number - passed + in_group):
+            for value in columns_as_rows(batch):
+                raw = None if isinstance(value, Dropped) else value
+                row = Row(value, raw, first + number, share, Position(number + 1))
+                del value, raw
+                yield row
+                number += 1
 
 
 def bounded(read: Callable[..., Iterator[Any]], rows: int, skip: int) -> Iterator[Any]:

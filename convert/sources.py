@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chimera.cli import UserError, one_line, say
-from convert.reading import Position, Row, Span, conversation_columns, rows_of_file
+from convert.reading import Position, Row, Span, column_bytes, conversation_columns, rows_of_file
 from convert.settings import BuildSettings, SourceSettings, StreamSettings
 
 Json = dict[str, Any]
@@ -163,8 +163,7 @@ def _row_groups(file: str, where: str, column: str | None) -> list[Span]:
     wanted = check_columns(f"{where}: {file}", names, column)
     spans = []
     for group in range(meta.num_row_groups):
-        chunks = [meta.row_group(group).column(i) for i in range(meta.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
+        size = column_bytes(meta.row_group(group), wanted)
         spans.append(Span("parquet", file, group, group + 1, size))
     return spans
 

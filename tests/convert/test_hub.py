@@ -106,7 +106,7 @@ def settings_for(tmp_path: Path, *sources: dict[str, Any], **changes: Any) -> di
 
 
 IT = {"hub": SET, "subset": "it"}
-AFTER = 9  # requests for data until rows of the first part have been packed: 6 for planning, 2 for its footer, 1
+AFTER = 6  # requests for data until rows of the first part have been packed: 4 for planning, 1 for its footer, 1
 
 
 def test_a_set_is_read_at_a_recorded_commit_and_only_its_text(
@@ -200,6 +200,27 @@ def test_a_set_that_fails_after_rows_never_switches_and_a_rerun_goes_on(
     assert error is None
     assert "going on with the unfinished build" in said
     assert shards(tmp_path / "out") == wanted
+
+
+def test_a_rerun_does_not_fetch_row_groups_again_whose_rows_are_done(
+    build: Builder, hub: HubServer, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"text": [text * 40 for text in builds.texts(34, 120)], "picture": [os.urandom(200_000)] * 120}
+    pq.write_table(pa.table(columns), tmp_path / "long.parquet", row_group_size=40, use_dictionary=False)
+    source = put_set(hub, "uonlp/Groups", "long.parquet", (tmp_path / "long.parquet").read_bytes())
+    settings = settings_for(tmp_path, source)
+    hub.faults.arm(after=AFTER + 1, statuses=[(429, {"Retry-After": "0"})] * 3)
+    error, _ = build(settings)
+    assert error is not None
+    assert "long.parquet fails at row 80 after 3 attempts" in error
+    hub.sent.clear()
+    error, said = build(settings)
+    assert error is None, said
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]["read"] == 120
+    assert hub.sent["long.parquet"] < 2.5 * (5 << 20)  # of three groups, a request of 5 MB each
 
 
 def test_sources_that_do_not_open_are_passed_over_with_their_reason(

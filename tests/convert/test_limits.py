@@ -128,3 +128,23 @@ def test_a_row_of_millions_of_values_takes_less_than_a_gigabyte(tmp_path: Path, 
     assert peak(settings, tmp_path) < 10**9
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
     assert (rows["documents"], rows["rejected"]) == (20, {"too_many_values": 1})
+
+
+def test_of_a_parquet_page_of_many_long_rows_little_more_is_kept_than_arrow_needs(tmp_path: Path) -> None:
+    """A set of books: Arrow's writer puts a thousand rows into one page, and its reader holds a dictionary twice."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    books = [os.urandom(100_000).hex() + "a" * 200_000 for _ in range(500)]
+    pq.write_table(pa.table({"text": books}), tmp_path / "books.parquet")
+    assert pq.ParquetFile(tmp_path / "books.parquet").metadata.row_group(0).column(0).has_dictionary_page
+    read = (
+        "import re; from convert.reading import Position, Span, rows_of_file; "
+        f"span = Span('parquet', '{tmp_path}/books.parquet', 0, None, 0); "
+        "print(sum(len(row.value['text']) for row in rows_of_file(span, 'text', Position())), "
+        "re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    found = subprocess.run([sys.executable, "-c", read], cwd=builds.ROOT, capture_output=True, text=True, check=True)
+    size, kibibytes = map(int, found.stdout.split())
+    assert size == 500 * 400_000
+    assert kibibytes * 1024 < 2.2 * size + 100e6  # Arrow's own allocator would keep the compressed page beside it
