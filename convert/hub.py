@@ -15,19 +15,21 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from chimera.cli import UserError, one_line, say
+from convert.columnar import BATCH_ROWS, bounded, column_ranges, columns_as_rows, open_parquet, parquet_rows
 from convert.documents import Dropped
 from convert.formats import is_text, rows_of_text
-from convert.reading import BATCH_ROWS, Position, Row, Span, bounded, columns_as_rows, open_parquet, parquet_rows
+from convert.hub_file import HubFile
+from convert.reading import Position, Row, Span
 from convert.settings import SourceSettings
 from convert.shards import Json
 from convert.sources import CannotOpen, check_columns
 
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 OPENING = 4  # attempts at most before a source that never answered is passed over
-_BITE = 4 << 20  # bytes asked for, and fetched behind them
+_BUFFER = 1 << 20  # bytes
 _KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
 
 Result = TypeVar("Result")
@@ -79,12 +81,14 @@ def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
     if span.file.endswith(".arrow"):
         yield from _rows_of_arrow(span, column, start)
         return
-    with _open(span.file) as file:
+    with HubFile(span.file) as below, io.BufferedReader(below, _BUFFER) as file:
         if is_text(span.file):
             yield from rows_of_text(span, column, start, file)
             return
         with open_parquet(file) as parquet:
             columns = check_columns(span.file, parquet.schema_arrow.names, column)
+            ranges = column_ranges(parquet.metadata, columns)
+            below.expect(ranges, len(ranges) // max(1, parquet.num_row_groups))
             yield from parquet_rows(parquet, span, columns, start)
 
 
@@ -101,35 +105,6 @@ def _rows_of_arrow(span: Span, column: str | None, start: Position) -> Iterator[
                 del value, raw
                 yield row
                 number += 1
-
-
-class _Bites(io.RawIOBase):
-    """A file of a set, fetched a few MB at a time however much is asked for: no more is lost with a connection."""
-
-    def __init__(self, file: str) -> None:
-        from huggingface_hub import HfFileSystem
-
-        self._file = HfFileSystem().open(file, "rb", block_size=_BITE)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def readinto(self, buffer: Any) -> int:
-        return int(self._file.readinto(memoryview(buffer)[:_BITE]))
-
-
-def _open(file: str) -> BinaryIO:
-    """A file of a set; what is not read of it is not fetched."""
-    return io.BufferedReader(_Bites(file), 1 << 20)
 
 
 def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], str, list[str]]:
@@ -161,7 +136,7 @@ def _probe(where: str, name: str, span: Span, column: str | None) -> None:
         next(_rows(span, column, Position()), None)
         return
     if span.file.endswith(".parquet"):
-        with _open(span.file) as file, open_parquet(file) as parquet:
+        with HubFile(span.file) as below, io.BufferedReader(below) as file, open_parquet(file) as parquet:
             names = parquet.schema_arrow.names
     elif span.file.endswith(".arrow"):
         stream = _stream(span.file)

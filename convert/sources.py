@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chimera.cli import UserError, one_line, say
-from convert.reading import Position, Row, Span, column_bytes, conversation_columns, rows_of_file
+from convert.columnar import column_bytes, conversation_columns
+from convert.reading import Position, Row, Span, rows_of_file
 from convert.settings import BuildSettings, SourceSettings, StreamSettings
 
 Json = dict[str, Any]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -106,7 +107,7 @@ def settings_for(tmp_path: Path, *sources: dict[str, Any], **changes: Any) -> di
 
 
 IT = {"hub": SET, "subset": "it"}
-AFTER = 6  # requests for data until rows of the first part have been packed: 4 for planning, 1 for its footer, 1
+AFTER = 7  # requests for data until rows of the first part have been packed: 5 for planning, 1 for its footer, 1
 
 
 def test_a_set_is_read_at_a_recorded_commit_and_only_its_text(
@@ -121,7 +122,7 @@ def test_a_set_is_read_at_a_recorded_commit_and_only_its_text(
     expected = {"hub": SET, "subset": "it", "split": "train", "revision": COMMIT, "format": "parquet", "data_files": 2}
     assert source == {"index": 0, "passed_over": [], "describe": expected}
     last = hub.sent["it/part_1.parquet"]  # the first file is read for the sample of its head as well
-    assert last < (files / "part_1.parquet").stat().st_size * 0.8
+    assert last < (files / "part_1.parquet").stat().st_size * 0.01
 
 
 def test_of_a_chat_set_nothing_but_the_conversations_is_fetched(build: Builder, hub: HubServer, tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_of_a_chat_set_nothing_but_the_conversations_is_fetched(build: Builder, 
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
     assert rows["documents"] == 120
     passes = 2  # the sample of its head takes all of so small a set
-    assert hub.sent["chats.parquet"] < passes * len(body) * 0.8  # the client reads 5 MB at a time
+    assert hub.sent["chats.parquet"] < passes * len(body) * 0.02
 
 
 def test_the_hub_is_asked_again_no_sooner_than_it_wants(
@@ -208,19 +209,21 @@ def test_a_rerun_does_not_fetch_row_groups_again_whose_rows_are_done(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {"text": [text * 40 for text in builds.texts(34, 120)], "picture": [os.urandom(200_000)] * 120}
-    pq.write_table(pa.table(columns), tmp_path / "long.parquet", row_group_size=40, use_dictionary=False)
+    columns = {"text": [text * 40 for text in builds.texts(34, 120)], "picture": [os.urandom(20_000)] * 120}
+    pq.write_table(pa.table(columns), tmp_path / "long.parquet", row_group_size=40, compression=None)
+    meta = pq.ParquetFile(tmp_path / "long.parquet").metadata
+    texts = sum(meta.row_group(group).column(0).total_compressed_size for group in range(3))
     source = put_set(hub, "uonlp/Groups", "long.parquet", (tmp_path / "long.parquet").read_bytes())
     settings = settings_for(tmp_path, source)
     hub.faults.arm(after=AFTER + 1, statuses=[(429, {"Retry-After": "0"})] * 3)
     error, _ = build(settings)
     assert error is not None
-    assert "long.parquet fails at row 80 after 3 attempts" in error
+    assert re.search("long.parquet fails at row (40|80) after 3 attempts", error)
     hub.sent.clear()
     error, said = build(settings)
     assert error is None, said
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]["read"] == 120
-    assert hub.sent["long.parquet"] < 2.5 * (5 << 20)  # of three groups, a request of 5 MB each
+    assert hub.sent["long.parquet"] < 0.9 * texts  # the footer and two groups of three
 
 
 def test_sources_that_do_not_open_are_passed_over_with_their_reason(

@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import reading
+from convert import columnar, reading
 from convert.documents import Dropped
 from convert.reading import Position, Span, rows_of_file
 
@@ -86,10 +86,10 @@ def test_equal_large_values_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(reading, "LARGE_BATCH", 1 << 20)
+    monkeypatch.setattr(columnar, "LARGE_BATCH", 1 << 20)
     seen: list[int] = []
-    real = reading.columns_as_rows
-    monkeypatch.setattr(reading, "columns_as_rows", lambda batch: (seen.append(batch.nbytes), real(batch))[1])
+    real = columnar.columns_as_rows
+    monkeypatch.setattr(columnar, "columns_as_rows", lambda batch: (seen.append(batch.nbytes), real(batch))[1])
     texts = ["small"] * 100 + ["x" * 100_000] * 200
     for name, column in (("a", texts[100:]), ("b", texts)):
         seen.clear()
@@ -105,7 +105,7 @@ def test_a_row_too_long_for_memory_is_rejected(tmp_path: Path, monkeypatch: pyte
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(reading, "LONGEST_LINE", 100)
+    monkeypatch.setattr(columnar, "LONGEST_LINE", 100)
     said = [[{"role": "user", "content": "a" * length}] for length in (50, 60, 500, 70)]
     for name, column in (("text", ["a" * 60, "b" * 101, "", "c" * 90, "d" * 3000]), ("messages", said)):
         pq.write_table(pa.table({name: column}), tmp_path / f"{name}.parquet")
