@@ -105,7 +105,7 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
         for override in overrides:
             key, _, text = override.partition("=")
             try:
-                value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore
+                value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
                 OmegaConf.update(config, key, value, merge=not isinstance(value, list))
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None

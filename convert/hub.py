@@ -6,7 +6,7 @@ out. Beyond the few seconds the hub's client takes by itself all waiting is done
 server asks for (`Retry-After`); the retries of `datasets`, which can sleep for half an hour, are set to one.
 
 Parquet is read by Arrow from the hub's file system, as local files are, and not through the scanner `datasets` has
-for it: that takes twice the memory (a page of 400 MB: 2.2 GB, here 1.2) and reads all rows before those asked for.
+for it: that takes twice the memory (a page of 400 MB: 2.2 GB, here 1.2) and reads a file from its beginning each time.
 """
 
 import functools
@@ -51,6 +51,8 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
     retries = min(retries, OPENING)
     sha, sizes, module, files = _attempts(lambda: _resolve(where, source), name, retries)
     spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0)) for file in files]
+    for span in spans:
+        _kind(span.file)  # not to find after a night that the last of them cannot be read
     _attempts(lambda: _probe(where, name, spans[0], column), name, retries)
     describe = {"hub": name, "subset": source.subset, "split": source.split, "revision": sha, "format": module}
     return {**describe, "data_files": len(files)}, spans
@@ -65,6 +67,8 @@ def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -
                 position, failures = row.after, 0
                 yield row
             return
+        except UserError:  # of this file's kind or columns
+            raise
         except Exception as error:
             failures += 1
             if failures >= retries or not _passing(error):
@@ -78,11 +82,12 @@ def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -
 
 def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
     """The rows behind `start`."""
-    if span.file.endswith(".arrow"):
+    kind = _kind(span.file)
+    if kind == "arrow":
         yield from _rows_of_arrow(span, column, start)
         return
     with HubFile(span.file) as below, io.BufferedReader(below, _BUFFER) as file:
-        if is_text(span.file):
+        if kind == "text":
             yield from rows_of_text(span, column, start, file)
             return
         with open_parquet(file) as parquet:
@@ -132,18 +137,27 @@ def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], s
 
 def _probe(where: str, name: str, span: Span, column: str | None) -> None:
     """Read the head of a file, so that gating or a missing column is found before the work begins."""
-    if is_text(span.file):
+    kind = _kind(span.file)
+    if kind == "text":
         next(_rows(span, column, Position()), None)
         return
-    if span.file.endswith(".parquet"):
+    if kind == "parquet":
         with HubFile(span.file) as below, io.BufferedReader(below) as file, open_parquet(file) as parquet:
             names = parquet.schema_arrow.names
-    elif span.file.endswith(".arrow"):
+    else:
         stream = _stream(span.file)
         names = list(stream.column_names or next(iter(stream), {}))
-    else:
-        raise UserError(f"{span.file}: no reader for this kind of file (there is one for {', '.join(_KINDS)})")
     check_columns(f"{where}: {name}", names, column)
+
+
+def _kind(file: str) -> str:
+    """`text` (`formats.py`), `parquet` or `arrow`; raises `UserError` for a file of another kind."""
+    if is_text(file):
+        return "text"
+    suffix = os.path.splitext(file)[1]
+    if suffix not in _KINDS:
+        raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(_KINDS)})")
+    return suffix[1:]
 
 
 def _stream(file: str) -> Any:
@@ -202,8 +216,6 @@ def _response(error: BaseException) -> Any:
 
 def _passing(error: Exception) -> bool:
     """Whether trying again may help: everything but a clear no."""
-    if isinstance(error, UserError):
-        return False
     response = _response(error)
     if response is not None and 400 <= response.status_code < 500:
         return response.status_code in (408, 429)

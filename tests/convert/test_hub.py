@@ -313,6 +313,17 @@ def test_sets_of_other_formats_give_the_same_documents(
     assert shards(tmp_path / "out") == shards(tmp_path / "local")
 
 
+def test_a_file_of_a_set_that_nothing_reads_is_refused_at_once(build: Builder, hub: HubServer, tmp_path: Path) -> None:
+    body = builds.jsonl({"text": text} for text in builds.texts(42, 50))
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - a.jsonl\n  - b.jsonl\n  - c.tsv\n---\n"
+    hub.sets["uonlp/Mixed"] = {"README.md": card, "a.jsonl": body, "b.jsonl": body, "c.tsv": b"text\ta\n"}
+    error, said = build(settings_for(tmp_path, {"hub": "uonlp/Mixed"}))
+    assert error is not None, said
+    assert "c.tsv: no reader for this kind of file (there is one for .parquet" in error
+    assert "attempt" not in error + said
+    assert not (tmp_path / "out" / ".work").exists()  # nothing has begun
+
+
 def test_a_folder_with_the_name_of_a_set_is_not_taken_for_it(build: Builder, tmp_path: Path) -> None:
     error, _ = build(settings_for(tmp_path, {"hub": "tests/convert"}))
     assert error == (
