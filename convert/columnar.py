@@ -1,13 +1,21 @@
-"""Rows of parquet files by column and row group, and of Arrow's batches, with no more in memory than must be."""
+"""Rows of parquet files by column and row group, and of Arrow's batches, with no more in memory than must be.
+
+Arrow reads a parquet page whole and a dictionary twice. Row groups of up to `ARROW_BYTES` are its, whatever their
+pages; larger ones are streamed (`streamed.py`), and what cannot be is Arrow's if its pages are small, or refused.
+"""
 
 import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
+from chimera.cli import UserError
 from convert.documents import MOST_VALUES, Dropped
+from convert.pages import Unknown, largest_page
 from convert.reading import LONGEST_LINE, Position, Row, Span
+from convert.streamed import streamed_rows
 
 # Arrow's own allocator keeps what is freed (of a page of 400 MB: 190 MB), the system's does not; read when it loads.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -15,6 +23,7 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 BATCH_ROWS = 16  # decoded at a time by Arrow,
 LONG_ROW = 16 << 10  # bytes: where rows are as long on average they are decoded one by one, and
 LARGE_BATCH = 16 << 20  # bytes: after a batch as large as well
+ARROW_BYTES = 64 << 20  # of a row group's columns: with more, it could need more memory than a worker has
 _BUFFER = 1 << 20  # bytes of a parquet column read at a time
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 
@@ -49,9 +58,15 @@ def _chunks(group: Any, columns: list[str]) -> list[Any]:
     return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
 
 
-def parquet_rows(file: Any, span: Span, columns: list[str], start: Position) -> Iterator[Row]:
-    """The rows of a span of an open parquet file from `start` on; row groups before it are not read."""
-    meta = file.metadata
+def parquet_rows(
+    parquet: Any, file: BinaryIO, span: Span, columns: list[str], start: Position, scratch: Path | None
+) -> Iterator[Row]:
+    """The rows of a span of a parquet file from `start` on; row groups before it are not read.
+
+    `parquet` is the `ParquetFile` of the open `file`, `scratch` the folder for what must be kept meanwhile (`None`:
+    the system's). Raises `UserError` for a row group that takes more memory than a worker has.
+    """
+    meta = parquet.metadata
     groups = range(span.begin, meta.num_row_groups if span.end is None else span.end)
     first = sum(meta.row_group(g).num_rows for g in range(span.begin))
     share = span.bytes / max(1, sum(meta.row_group(g).num_rows for g in groups))
@@ -59,20 +74,50 @@ def parquet_rows(file: Any, span: Span, columns: list[str], start: Position) -> 
     for group in groups:
         in_group = meta.row_group(group).num_rows
         number = max(start.number, passed)
+        skip = number - passed
         passed += in_group
         if passed <= number:
             continue
-        read = functools.partial(file.iter_batches, row_groups=[group], columns=columns, use_threads=False)
-        size = column_bytes(meta.row_group(group), columns) // in_group
-        if size < LONG_ROW:  # as it seems: of equal values the dictionary holds one
-            size = max(batch.nbytes for batch in itertools.islice(read(batch_size=1), 1))
-        for batch in bounded(read, BATCH_ROWS if size < LONG_ROW else 1, number - passed + in_group):
-            for value in columns_as_rows(batch):
-                raw = None if isinstance(value, Dropped) else value
-                row = Row(value, raw, first + number, share, Position(number + 1))
-                del value, raw
-                yield row
-                number += 1
+        if column_bytes(meta.row_group(group), columns) <= ARROW_BYTES:
+            values = _rows_of_group(parquet, group, columns, skip)
+        else:
+            values = _rows_of_large_group(parquet, file, span.file, group, columns, skip, scratch)
+        for value in values:
+            raw = None if isinstance(value, Dropped) else value
+            row = Row(value, raw, first + number, share, Position(number + 1))
+            del value, raw
+            yield row
+            number += 1
+        if number != passed:  # seen of Arrow: a row with a list that fills the only page of its row group
+            raise ValueError(f"of the {in_group} rows of row group {group} {passed - number} did not come")
+
+
+def _rows_of_group(parquet: Any, group: int, columns: list[str], skip: int) -> Iterator[object]:
+    meta = parquet.metadata.row_group(group)
+    read = functools.partial(parquet.iter_batches, row_groups=[group], columns=columns, use_threads=False)
+    size = column_bytes(meta, columns) // meta.num_rows
+    if size < LONG_ROW:  # as it seems: of equal values the dictionary holds one
+        size = next((batch.nbytes for batch in read(batch_size=1)), 0)
+    for batch in bounded(read, BATCH_ROWS if size < LONG_ROW else 1, skip):
+        yield from columns_as_rows(batch)
+
+
+def _rows_of_large_group(
+    parquet: Any, file: BinaryIO, name: str, group: int, columns: list[str], skip: int, scratch: Path | None
+) -> Iterator[object]:
+    rows = itertools.count(skip)  # the next one's number
+    try:
+        yield from map(lambda row, _: row, streamed_rows(file, parquet, group, columns, skip, scratch), rows)
+        return
+    except Unknown as error:
+        unknown = error
+    largest = sum(largest_page(file, chunk) for chunk in _chunks(parquet.metadata.row_group(group), columns))
+    if largest > ARROW_BYTES:
+        raise UserError(
+            f"{name}: row group {group} has pages of {largest >> 20} MiB, too large for a worker's memory, and they "
+            f"cannot be read in pieces ({unknown}): write the file again with smaller row groups"
+        )
+    yield from _rows_of_group(parquet, group, columns, next(rows))
 
 
 def bounded(read: Callable[..., Iterator[Any]], rows: int, skip: int) -> Iterator[Any]:
@@ -99,25 +144,44 @@ def bounded(read: Callable[..., Iterator[Any]], rows: int, skip: int) -> Iterato
 
 
 def columns_as_rows(batch: Any) -> Iterator[object]:
-    """The rows of an Arrow batch as mappings; text stays bytes, so that one row of bad UTF-8 costs one row."""
+    """The rows of an Arrow batch: mappings, or `Dropped`.
+
+    Text is bytes in them, so that bad UTF-8 costs one row and one wide character not 4 bytes for each.
+    """
     import pyarrow as pa
 
-    if batch.num_columns == 1 and pa.types.is_string(batch.schema.field(0).type):
-        batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.binary())]))
-    elif batch.num_columns == 1 and pa.types.is_large_string(batch.schema.field(0).type):
-        batch = batch.cast(pa.schema([pa.field(batch.schema.names[0], pa.large_binary())]))
+    batch = batch.cast(pa.schema([pa.field(field.name, _as_binary(field.type)) for field in batch.schema]))
     nested = [name for name in batch.schema.names if pa.types.is_nested(batch.schema.field(name).type)]
-    for i in range(batch.num_rows):
-        if batch.nbytes > LONGEST_LINE and batch.slice(i, 1).nbytes > LONGEST_LINE:
-            yield Dropped("rejected", "row_too_long")
-            continue
-        if any(_values(batch.column(name).slice(i, 1)) > MOST_VALUES for name in nested):
-            yield Dropped("rejected", "too_many_values")
-            continue
-        try:
-            yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-        except UnicodeDecodeError:
-            yield Dropped("rejected", "invalid_utf8")
+    count = batch.num_rows
+    for i in range(count):
+        row = [_row(batch, i, nested)]
+        if i == count - 1:
+            del batch  # which may be of one row: not to hold it twice
+        yield row.pop()
+
+
+def _row(batch: Any, i: int, nested: list[str]) -> object:
+    if batch.nbytes > LONGEST_LINE and batch.slice(i, 1).nbytes > LONGEST_LINE:
+        return Dropped("rejected", "row_too_long")
+    if any(_values(batch.column(name).slice(i, 1)) > MOST_VALUES for name in nested):
+        return Dropped("rejected", "too_many_values")
+    return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+
+
+def _as_binary(form: Any) -> Any:
+    """An Arrow type with its strings as bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_string(form):
+        return pa.binary()
+    if pa.types.is_large_string(form):
+        return pa.large_binary()
+    if pa.types.is_struct(form):
+        return pa.struct([field.with_type(_as_binary(field.type)) for field in form])
+    if pa.types.is_list(form) or pa.types.is_large_list(form):
+        of = pa.large_list if pa.types.is_large_list(form) else pa.list_
+        return of(form.value_field.with_type(_as_binary(form.value_type)))
+    return form
 
 
 def _values(column: Any) -> int:

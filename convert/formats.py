@@ -95,13 +95,17 @@ def _csv_line(file: BinaryIO) -> str:
 
 
 def _array_rows(skip: int, file: BinaryIO) -> Iterator[Row]:
-    for number, item in enumerate(_items(file)):
-        if number < skip:
+    number = 0
+    for item in _items(file):
+        number += 1
+        if number <= skip:
             continue
         if item is None:
-            yield Row(Dropped("rejected", "line_too_long"), None, number, 0.0, Position(number + 1))
+            row = Row(Dropped("rejected", "line_too_long"), None, number - 1, 0.0, Position(number))
         else:
-            yield Row(parse_line(item), item[:RAW_SHOWN], number, 0.0, Position(number + 1), len(item))
+            row = Row(parse_line(item), item[:RAW_SHOWN], number - 1, 0.0, Position(number), len(item))
+        del item  # or it would be in memory while its row is worked on
+        yield row
 
 
 def _items(file: BinaryIO) -> Iterator[bytes | None]:
@@ -125,9 +129,10 @@ def _items(file: BinaryIO) -> Iterator[bytes | None]:
                 item, begin = bytearray(), at
             elif depth == 0 or (depth == 1 and mark[0] == b","):
                 item += chunk[begin : at - 1]
-                if long or item.strip():
-                    yield None if long else bytes(item).strip()
+                whole = [None if long else bytes(item).strip()]
                 item, begin, long = bytearray(), at, False
+                if whole != [b""]:
+                    yield whole.pop()
                 if depth == 0:
                     return
         item += chunk[begin:]

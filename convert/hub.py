@@ -5,23 +5,26 @@ one file of the set; inside it rows are counted, and after a failure reading sta
 out. Beyond the few seconds the hub's client takes by itself all waiting is done here, bounded and with what the
 server asks for (`Retry-After`); the retries of `datasets`, which can sleep for half an hour, are set to one.
 
-Parquet is read by Arrow from the hub's file system, as local files are, and not through the scanner `datasets` has
-for it: that takes twice the memory (a page of 400 MB: 2.2 GB, here 1.2) and reads a file from its beginning each time.
+Files are read from the hub's file system, parquet as local files are, and not through the scanners of `datasets`:
+those take several times the memory and read a file from its beginning each time.
 """
 
+import errno
 import functools
 import io
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 from chimera.cli import UserError, one_line, say
-from convert.columnar import BATCH_ROWS, bounded, column_ranges, columns_as_rows, open_parquet, parquet_rows
+from convert.columnar import column_ranges, open_parquet, parquet_rows
 from convert.documents import Dropped
 from convert.formats import is_text, rows_of_text
 from convert.hub_file import HubFile
+from convert.ipc import arrow_rows, open_arrow
 from convert.reading import Position, Row, Span
 from convert.settings import SourceSettings
 from convert.shards import Json
@@ -58,18 +61,25 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
     return {**describe, "data_files": len(files)}, spans
 
 
-def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -> Iterator[Row]:
-    """Rows of one file of a set from `start` on. Raises `UserError` after `retries` failures in a row."""
+def rows_of_hub(
+    span: Span, column: str | None, start: Position, retries: int, scratch: Path | None = None
+) -> Iterator[Row]:
+    """Rows of one file of a set from `start` on; `scratch` as for `rows_of_file`.
+
+    Raises `UserError` after `retries` failures in a row.
+    """
     position, failures = start, 0
     while True:
         try:
-            for row in _rows(span, column, position):
+            for row in _rows(span, column, position, scratch):
                 position, failures = row.after, 0
                 yield row
             return
         except UserError:  # of this file's kind or columns
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # of the folder for large dictionaries
             failures += 1
             if failures >= retries or not _passing(error):
                 tries = f"{failures} attempt{'s' if failures > 1 else ''}"
@@ -80,36 +90,32 @@ def rows_of_hub(span: Span, column: str | None, start: Position, retries: int) -
             _wait(span.file, error, failures, retries)
 
 
-def _rows(span: Span, column: str | None, start: Position) -> Iterator[Row]:
+def _rows(span: Span, column: str | None, start: Position, scratch: Path | None = None) -> Iterator[Row]:
     """The rows behind `start`."""
     kind = _kind(span.file)
-    if kind == "arrow":
-        yield from _rows_of_arrow(span, column, start)
-        return
     with HubFile(span.file) as below, io.BufferedReader(below, _BUFFER) as file:
         if kind == "text":
             yield from rows_of_text(span, column, start, file)
+            return
+        if kind == "arrow":
+            yield from _rows_of_arrow(span, column, start, file, below)
             return
         with open_parquet(file) as parquet:
             columns = check_columns(span.file, parquet.schema_arrow.names, column)
             ranges = column_ranges(parquet.metadata, columns)
             below.expect(ranges, len(ranges) // max(1, parquet.num_row_groups))
-            yield from parquet_rows(parquet, span, columns, start)
+            yield from parquet_rows(parquet, file, span, columns, start, scratch)
 
 
-def _rows_of_arrow(span: Span, column: str | None, start: Position) -> Iterator[Row]:
-    def tables(batch_size: int) -> Iterator[Any]:
-        yield from _stream(span.file).with_format("arrow").iter(batch_size=batch_size)
-
-    number = start.number
-    for table in bounded(tables, BATCH_ROWS, number):
-        for batch in table.select(check_columns(span.file, table.column_names, column)).to_batches():
-            for value in columns_as_rows(batch):
-                raw = None if isinstance(value, Dropped) else value
-                row = Row(value, raw, number, 0.0, Position(number + 1))
-                del value, raw
-                yield row
-                number += 1
+def _rows_of_arrow(span: Span, column: str | None, start: Position, file: BinaryIO, below: HubFile) -> Iterator[Row]:
+    number, reader = start.number, open_arrow(file)
+    columns = check_columns(span.file, reader.schema.names, column)
+    for value in arrow_rows(span.file, file, reader, columns, number, below.expect):
+        raw = None if isinstance(value, Dropped) else value
+        row = Row(value, raw, number, 0.0, Position(number + 1))
+        del value, raw
+        yield row
+        number += 1
 
 
 def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], str, list[str]]:
@@ -141,13 +147,9 @@ def _probe(where: str, name: str, span: Span, column: str | None) -> None:
     if kind == "text":
         next(_rows(span, column, Position()), None)
         return
-    if kind == "parquet":
-        with HubFile(span.file) as below, io.BufferedReader(below) as file, open_parquet(file) as parquet:
-            names = parquet.schema_arrow.names
-    else:
-        stream = _stream(span.file)
-        names = list(stream.column_names or next(iter(stream), {}))
-    check_columns(f"{where}: {name}", names, column)
+    with HubFile(span.file) as below, io.BufferedReader(below) as file:
+        schema = open_parquet(file).schema_arrow if kind == "parquet" else open_arrow(file).schema
+        check_columns(f"{where}: {name}", schema.names, column)
 
 
 def _kind(file: str) -> str:
@@ -158,10 +160,6 @@ def _kind(file: str) -> str:
     if suffix not in _KINDS:
         raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(_KINDS)})")
     return suffix[1:]
-
-
-def _stream(file: str) -> Any:
-    return _library().load_dataset("arrow", data_files=[file], split="train", streaming=True)
 
 
 def _path_in_set(file: str) -> str:

@@ -34,7 +34,7 @@ class HubFile(io.RawIOBase):
 
     def expect(self, ranges: Sequence[Range], columns: int) -> None:
         """From now on these are read, each from its beginning, `columns` of them side by side."""
-        self._ranges, self._columns = sorted(ranges), columns
+        self._ranges, self._columns = sorted((begin, min(end, self._size)) for begin, end in ranges), columns
         self._held: dict[int, tuple[int, bytes]] = {}  # of a range the piece at hand: where it begins, what it says
         self._ahead: dict[int, tuple[int, Future[bytes]]] = {}  # and the one after it
 

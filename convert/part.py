@@ -142,7 +142,7 @@ class _Part:
             return  # stopped before its last commit
         start = Position(self.state.number, self.state.offset)
         for index in range(self.state.span, len(self.part.spans)):
-            for row in rows(self.part.spans[index], self.plan.column, start, self.build.retries):
+            for row in rows(self.part.spans[index], self.plan.column, start, self.build.retries, self.folder):
                 yield index, row, self._document(index, row)
             start = Position()
 

@@ -44,7 +44,7 @@ def current_plan(settings: BuildSettings, work: Path, output: Output, digest: st
         if not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", found))
     older = [old["streams"] for old in (plan, manifest_of(output)) if old]
-    new = make_plan(settings)  # first: nothing is removed for sources that do not open
+    new = make_plan(settings, work)  # first: nothing is removed for sources that do not open
     output.clear(sorted({*settings.streams, *(name for streams in older for name in streams)}), settings.rebuild)
     (work / "plan.json").unlink(missing_ok=True)
     shutil.rmtree(work / "parts", ignore_errors=True)
@@ -114,14 +114,14 @@ def changes(old: Json, settings: BuildSettings, digest: str) -> list[str]:
     return found
 
 
-def make_plan(settings: BuildSettings) -> Json:
+def make_plan(settings: BuildSettings, work: Path) -> Json:
     """What every stream reads and how, from opening its source. Raises `UserError` where one does not open."""
     encoder = Encoder.from_settings(settings.tokenizer)
     return {
         "settings": identity(settings),
         "running": asdict(settings),
         "tokenizer": describe_tokenizer(settings, encoder),
-        "streams": {name: _plan_stream(name, settings) for name in settings.streams},
+        "streams": {name: _plan_stream(name, settings, work) for name in settings.streams},
     }
 
 
@@ -129,11 +129,11 @@ def plan_bytes(plan: Json) -> bytes:
     return json.dumps(plan, sort_keys=True).encode()
 
 
-def _plan_stream(name: str, settings: BuildSettings) -> Json:
+def _plan_stream(name: str, settings: BuildSettings, work: Path) -> Json:
     stream = settings.streams[name]
     opened = open_source(name, stream, settings)
     encoder = Encoder.from_settings(settings.tokenizer)
-    encoder.verify_sample(list(_sample(f"streams.{name}", stream, opened, encoder, settings.retries)))
+    encoder.verify_sample(list(_sample(f"streams.{name}", stream, opened, encoder, settings.retries, work)))
     say(f"{name}: encoder {encoder.path} ({encoder.reason})")
     return {
         "source": {"index": opened.index, "describe": opened.describe, "passed_over": opened.passed_over},
@@ -143,14 +143,16 @@ def _plan_stream(name: str, settings: BuildSettings) -> Json:
     }
 
 
-def _sample(where: str, stream: StreamSettings, opened: Opened, encoder: Encoder, retries: int) -> Iterator[str]:
+def _sample(
+    where: str, stream: StreamSettings, opened: Opened, encoder: Encoder, retries: int, work: Path
+) -> Iterator[str]:
     """Texts from the head of a source; raises `UserError` where no row there holds what the stream asks for."""
     reader = DocumentReader(stream, encoder.special_ids, opened.column or "")
     read = (
         row.value
         for part in opened.parts[:1]
         for span in part.spans
-        for row in islice(rows(span, opened.column, Position(), retries), 8 * SAMPLE_DOCUMENTS)
+        for row in islice(rows(span, opened.column, Position(), retries, work), 8 * SAMPLE_DOCUMENTS)
         if row.value is not None and not isinstance(row.value, Dropped)
     )
     wrong: dict[str, int] = {}

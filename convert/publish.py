@@ -108,7 +108,9 @@ def check_streams(manifest: Json) -> None:
     for name, stream in manifest["streams"].items():
         if not stream["train"]["documents"]:
             rows = stream["rows"]
-            counts = ", ".join(f"{n} {reason}" for reason, n in {**rows["filtered"], **rows["rejected"]}.items())
+            kept = {"set aside by `eval_fraction`": stream["eval"]["documents"]} if stream["eval"]["documents"] else {}
+            found = {**kept, **rows["filtered"], **rows["rejected"]}
+            counts = ", ".join(f"{n} {reason}" for reason, n in found.items())
             raise UserError(
                 f"streams.{name}: no document for training in {rows['read']} rows ({counts or 'no row'}): mend its "
                 "`format`, `column` or `sources` and set `rebuild=true`"

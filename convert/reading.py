@@ -12,6 +12,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from chimera.cli import UserError
@@ -58,18 +59,19 @@ class Row:
     unit: str = "row"  # what `number` counts: `row` or `line`
 
 
-def rows_of_file(span: Span, column: str | None, start: Position) -> Iterator[Row]:
+def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path | None = None) -> Iterator[Row]:
     """Rows of a local span from `start`; `column` is the text column (`None`: those of a conversation).
 
-    Raises `UserError` naming the file when it is damaged or gone.
+    `scratch` is the folder for what must be kept on disk meanwhile (`None`: the system's). Raises `UserError` naming
+    the file when it is damaged or gone.
     """
     try:
         if span.kind == "parquet":
             from convert.columnar import conversation_columns, open_parquet, parquet_rows
 
-            with open_parquet(span.file) as parquet:
+            with open(span.file, "rb") as file, open_parquet(span.file) as parquet:
                 columns = [column] if column else conversation_columns(parquet.schema_arrow.names)
-                yield from parquet_rows(parquet, span, columns, start)
+                yield from parquet_rows(parquet, file, span, columns, start, scratch)
         else:
             with open(span.file, "rb") as file:
                 yield from jsonl_rows(span, start, file)

@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from chimera.cli import UserError, one_line, say
@@ -79,14 +80,14 @@ def _open(name: str, stream: StreamSettings, source: SourceSettings, build: Buil
     return describe, _group(spans, build.part_bytes)
 
 
-def rows(span: Span, column: str | None, start: Position, retries: int) -> Iterator[Row]:
-    """Rows of any span from `start`."""
+def rows(span: Span, column: str | None, start: Position, retries: int, scratch: Path | None = None) -> Iterator[Row]:
+    """Rows of any span from `start`; `scratch` as for `rows_of_file`."""
     if span.kind == "hub":
         from convert.hub import rows_of_hub
 
-        found: Iterator[Row] = rows_of_hub(span, column, start, retries)
+        found: Iterator[Row] = rows_of_hub(span, column, start, retries, scratch)
         return found
-    return rows_of_file(span, column, start)
+    return rows_of_file(span, column, start, scratch)
 
 
 def source_name(source: SourceSettings) -> str:

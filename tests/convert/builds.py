@@ -44,6 +44,15 @@ def jsonl(rows: Iterable[Any]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
+def as_bytes(value: Any) -> Any:
+    """A value with its texts as the readers give them."""
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, dict):
+        return {key: as_bytes(item) for key, item in value.items()}
+    return [as_bytes(item) for item in value] if isinstance(value, list) else value
+
+
 @functools.cache
 def tokenizer() -> Path:
     """A byte-level BPE tokenizer of 600 entries, made once a process."""

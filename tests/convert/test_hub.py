@@ -340,7 +340,7 @@ def test_a_row_of_100_mb_of_a_set_takes_less_than_a_gigabyte(
     import pyarrow.parquet as pq
 
     rows = [{"text": builds.PROSE}, {"text": WIDE}, {"text": builds.PROSE}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist([{"text": WIDE * 3}, *rows]), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_bytes(builds.jsonl(rows))
     with open(tmp_path / "rows.csv", "w", newline="") as out:
         csv.writer(out).writerows([["text"], *([row["text"]] for row in rows)])
@@ -348,7 +348,9 @@ def test_a_row_of_100_mb_of_a_set_takes_less_than_a_gigabyte(
     settings = settings_for(tmp_path, source, workers=1, shard_bytes=32 << 20)
     assert peak(settings, tmp_path, **environment) < 10**9
     del hub.sets[f"uonlp/{file}-Wide"]
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]["documents"] == 3
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
+    assert found["documents"] == 3
+    assert found["rejected"] == ({"row_too_long": 1} if file == "rows.parquet" else {})
 
 
 @pytest.mark.parametrize(

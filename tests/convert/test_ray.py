@@ -1,5 +1,6 @@
 """Builds on a Ray cluster of two nodes on this machine, one of which dies."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from chimera.cli import UserError
@@ -17,6 +19,7 @@ from convert.settings import BuildSettings
 from tests.convert import builds
 
 ray = pytest.importorskip("ray")
+PART = 500_000  # bytes: about a second, that no part ends while its node dies
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +37,9 @@ def cluster() -> Iterator[Any]:
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("wanted")
     builds.write_sources(folder / "in")
-    for i in range(2, 100):  # enough work that a node is busy when it is killed
+    for i in range(2, 100):
         shutil.copy(folder / "in" / "0.parquet", folder / "in" / f"{i}.parquet")
-    builds.build_here(builds.config(folder / "in", folder / "out"))
+    builds.build_here(builds.config(folder / "in", folder / "out", part_bytes=PART))
     return folder / "in", builds.tree(folder / "out")
 
 
@@ -45,16 +48,24 @@ def test_a_build_on_two_nodes_one_of_them_killed_writes_the_same_bytes(
 ) -> None:
     sources, tree = wanted
     second = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
-    settings = builds.config(sources, tmp_path / "out", engine="ray", ray_address=cluster.address, workers="auto")
+    settings = builds.config(
+        sources, tmp_path / "out", engine="ray", ray_address=cluster.address, workers="auto", part_bytes=PART
+    )
     process = builds.start(settings, tmp_path)
     killed: list[str] = []
 
     def kill_the_second_node() -> None:
         parts = tmp_path / "out" / ".work" / "parts"
         while process.poll() is None and not killed:
-            begun = [f for f in parts.glob("*/*") if f.is_dir() and not journal.load(f)[0].done]
+            begun = list(parts.glob("columns/*"))
+            for _ in range(2):  # those still going on when all were looked at are under way at once
+                begun = [f for f in begun if f.is_dir() and not journal.load(f)[0].done]
             if len(begun) >= 2:  # the first node works on one part at a time
+                workers = psutil.Process(second.all_processes["raylet"][0].process.pid).children()
                 cluster.remove_node(second, allow_graceful=False)
+                for worker in workers:  # they would end the task at hand before they notice
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        worker.kill()
                 killed.append(str(begun[0]))
 
     watcher = threading.Thread(target=kill_the_second_node)
