@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from chimera.cli import UserError
 from convert.documents import MOST_VALUES, Dropped
-from convert.pages import Unknown, largest_page
+from convert.pages import Unknown, is_of, largest_page
 from convert.reading import LONGEST_LINE, Position, Row, Span
 from convert.streamed import streamed_rows
 
@@ -55,7 +55,7 @@ def column_ranges(meta: Any, columns: list[str]) -> list[tuple[int, int]]:
 
 def _chunks(group: Any, columns: list[str]) -> list[Any]:
     chunks = map(group.column, range(group.num_columns))
-    return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    return [chunk for chunk in chunks if any(is_of(chunk.path_in_schema, column) for column in columns)]
 
 
 def parquet_rows(

@@ -55,6 +55,11 @@ class _Page(NamedTuple):
     header: dict[int, Any]  # what is said for its type
 
 
+def is_of(path: str, column: str) -> bool:
+    """Whether a leaf's path in the schema is that of a column, or within it."""
+    return path == column or path.startswith(f"{column}.")
+
+
 def largest_page(file: BinaryIO, chunk: Any) -> int:
     """Bytes of the largest page of a column chunk once decompressed; only the pages' headers are read."""
     return max((page.plain for page in _pages(file, chunk)), default=0)

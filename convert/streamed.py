@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from convert.documents import MOST_VALUES, Dropped
-from convert.pages import TOO_LONG, Leaf, Unknown
+from convert.pages import TOO_LONG, Leaf, Unknown, is_of
 from convert.reading import LONGEST_LINE
 
 _ROW_TOO_LONG = Dropped("rejected", "row_too_long")
@@ -31,7 +31,7 @@ def streamed_rows(
     leaves: dict[str, list[Leaf]] = {name: [] for name in columns}
     for i in range(meta.num_columns):
         schema = meta.schema.column(i)
-        if (name := schema.path.split(".")[0]) in leaves:
+        for name in filter(functools.partial(is_of, schema.path), columns):
             leaves[name].append(Leaf(file, meta.row_group(group).column(i), schema, scratch))
     found = {name: _column(parquet.schema_arrow.field(name), leaves[name], skip) for name in columns}
     return _rows(found, meta.row_group(group).num_rows - skip)
@@ -79,10 +79,13 @@ def _column(field: Any, leaves: list[Leaf], skip: int) -> Iterator[Any]:
 
 
 def _is_text(form: Any) -> bool:
-    import pyarrow as pa
+    import pyarrow.types as kinds
 
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(is_of(form) for is_of in kinds)
+    if kinds.is_dictionary(form):
+        form = form.value_type
+    wide = kinds.is_large_string(form) or kinds.is_large_binary(form)
+    view = kinds.is_string_view(form) or kinds.is_binary_view(form)
+    return bool(kinds.is_string(form) or kinds.is_binary(form) or wide or view)
 
 
 def _text(value: Any) -> Any:

@@ -110,6 +110,23 @@ def test_a_build_is_the_same_whoever_reads_its_parquet(tmp_path: Path, monkeypat
     assert builds.tree(tmp_path / "streamed") == builds.tree(tmp_path / "arrow")
 
 
+def test_columns_of_other_types_of_text_and_with_a_dot_in_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.array(["a", None, "perché", "a"])
+    file = tmp_path / "a.parquet"
+    kinds = {"kind": texts.dictionary_encode(), "view": texts.cast(pa.string_view()), "a.b": texts}
+    pq.write_table(pa.table({**kinds, "a": texts, "kind.of": texts}), file)
+    for limit in (columnar.ARROW_BYTES, 0):
+        monkeypatch.setattr(columnar, "ARROW_BYTES", limit)
+        for name in kinds:
+            rows = [row.value for row in rows_of_file(Span("parquet", str(file), 0, None, 1), name, Position())]
+            assert as_bytes(rows) == [{name: as_bytes(text)} for text in texts.to_pylist()], name
+
+
 @pytest.mark.parametrize("use_dictionary", [True, False])
 def test_a_value_too_long_for_memory_is_passed_over(use_dictionary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
