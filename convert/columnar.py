@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from chimera.cli import UserError
 from convert.documents import MOST_VALUES, Dropped
-from convert.pages import Unknown, is_of, largest_page
+from convert.page_bytes import Unknown
+from convert.pages import is_of, largest_page
 from convert.reading import LONGEST_LINE, Position, Row, Span
 from convert.streamed import streamed_rows
 

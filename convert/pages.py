@@ -3,8 +3,8 @@
 Arrow reads a page whole and a dictionary twice. Here a page is decompressed piece by piece, a large dictionary lies in
 an unnamed file, and one value is held at a time. What cannot be read here is said (`Unknown`), never guessed.
 
-The format: https://parquet.apache.org/docs/file-format/, for the headers of pages the compact protocol of
-https://github.com/apache/thrift/tree/master/doc/specs, and https://github.com/google/snappy (format_description.txt).
+The format: https://parquet.apache.org/docs/file-format/, and for the headers of pages the compact protocol of
+https://github.com/apache/thrift/tree/master/doc/specs.
 """
 
 import array
@@ -17,14 +17,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from convert.page_bytes import AT_ONCE, CODECS, Unknown, decompressed, section, take, varint
 from convert.reading import LONGEST_LINE
 
-_AT_ONCE = 16 << 20  # bytes: pages and dictionaries up to this are read whole
 _LEVELS = 64 << 20  # bytes that a page's levels, which tell where its values belong, may take
 _HEADER = 16 << 20  # bytes that a page's header may take, with the least and the largest value it tells
 _STEP = 16  # entries of a dictionary on disk from one whose place is known to the next
-_BLOCK = 1 << 16  # bytes that snappy compresses by themselves: nothing in them refers to bytes before
-_CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "ZSTD", "BROTLI")
 _ENCODINGS = ("PLAIN", "RLE", "PLAIN_DICTIONARY", "RLE_DICTIONARY")
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # types of pages
 _ABOUT = {_DATA: (5, 4), _DICTIONARY: (7, 1), _DATA_V2: (8, 6)}  # a header's field for each, and the numbers it has
@@ -32,10 +30,6 @@ _PLAIN, _RLE, _INDICES = 0, 3, (2, 8)  # encodings
 
 TOO_LONG = object()  # stands for a value above `LONGEST_LINE`
 Value = Any  # bytes, `None` or `TOO_LONG`
-
-
-class Unknown(ValueError):
-    """What of a file cannot be read here."""
 
 
 class Entries(NamedTuple):
@@ -74,7 +68,7 @@ class Leaf:
 
     def __init__(self, file: BinaryIO, chunk: Any, schema: Any, scratch: Path | None) -> None:
         encodings = [(encoding, _ENCODINGS) for encoding in chunk.encodings]
-        for is_, known in [(schema.physical_type, ("BYTE_ARRAY",)), (chunk.compression, _CODECS), *encodings]:
+        for is_, known in [(schema.physical_type, ("BYTE_ARRAY",)), (chunk.compression, CODECS), *encodings]:
             if is_ not in known:
                 raise Unknown(is_)
         self._file, self._chunk, self._scratch = file, chunk, scratch
@@ -99,12 +93,15 @@ class Leaf:
         """Page by page."""
         return itertools.starmap(self._entries, self._data_pages())
 
+    def _content(self, begin: int, size: int, plain: int) -> BinaryIO:
+        return decompressed(self._file, self._chunk.compression, begin, size, plain)
+
     def _data_pages(self) -> Iterator[tuple[_Page, "_Dictionary | None"]]:
         dictionary = None
         for page in _pages(self._file, self._chunk):
             if page.type == _DICTIONARY:
-                content = self._content(page.begin, page.size, page.plain)
-                dictionary = _Dictionary(content, page.header[1], page.plain, self._scratch)
+                data = self._content(page.begin, page.size, page.plain)
+                dictionary = _Dictionary(data, page.header[1], page.plain, self._scratch)
             else:
                 yield page, dictionary
 
@@ -118,7 +115,7 @@ class Leaf:
             levels = [_levels(content, _length(content)) if level else b"" for level in highest]
         else:
             encoding, sizes = page.header[4], (page.header[6], page.header[5])
-            content, before = _section(self._file, page.begin, page.size), sum(sizes)
+            content, before = section(self._file, page.begin, page.size), sum(sizes)
             if before > min(page.size, page.plain):
                 raise ValueError(f"a page of {page.plain} bytes has {before} of levels")
             levels = [_levels(content, size) for size in sizes]
@@ -134,21 +131,6 @@ class Leaf:
             raise Unknown(f"values of encoding {encoding}")
         return Entries(repetition, definition, map(dictionary.__getitem__, _indices(content, page.length)))
 
-    def _content(self, begin: int, size: int, plain: int) -> BinaryIO:
-        """What `size` bytes of a page hold, which are `plain` once decompressed."""
-        import pyarrow as pa
-
-        codec, section = self._chunk.compression.lower(), _section(self._file, begin, size)
-        if codec == "uncompressed":
-            return section
-        if plain <= _AT_ONCE:
-            data = _take(section, size)
-            return io.BytesIO(pa.Codec(codec).decompress(data, plain, asbytes=True) if plain else b"")
-        if codec == "snappy":
-            return io.BufferedReader(_Blocks(_snappy(section, plain)), _BLOCK)
-        stream = pa.CompressedInputStream(pa.PythonFile(section, "r"), codec)
-        return io.BufferedReader(_Blocks(iter(lambda: stream.read(_BLOCK), b"")), _BLOCK)
-
 
 class _Dictionary:
     """The values that a column's indices stand for; those of a large page lie on disk."""
@@ -158,7 +140,7 @@ class _Dictionary:
     def __init__(self, content: BinaryIO, count: int, size: int, scratch: Path | None) -> None:
         values = itertools.islice(_plain_values(content), count)
         self._count = count
-        self._values = list(values) if size <= _AT_ONCE else None
+        self._values = list(values) if size <= AT_ONCE else None
         if self._values is not None:
             return
         self._begins = array.array("Q")
@@ -180,7 +162,7 @@ class _Dictionary:
             size = _length(self._file)
             self._file.seek(0 if size == self._UNKEPT else size, io.SEEK_CUR)
         size = _length(self._file)
-        return TOO_LONG if size == self._UNKEPT else _take(self._file, size)
+        return TOO_LONG if size == self._UNKEPT else take(self._file, size)
 
 
 # Pages
@@ -190,7 +172,7 @@ def _pages(file: BinaryIO, chunk: Any) -> Iterator[_Page]:
     """The dictionary's and the data's pages of a column chunk."""
     at, left = chunk.dictionary_page_offset or chunk.data_page_offset, chunk.num_values
     while left > 0:
-        reader = _section(file, at, _HEADER, 1 << 12)
+        reader = section(file, at, _HEADER, 1 << 12)
         try:
             header = _struct(reader)
             kind, plain, size = header[1], header[2], header[3]
@@ -211,7 +193,7 @@ def _struct(stream: BinaryIO) -> dict[int, Any]:
     """A struct of thrift's compact protocol, by its fields' numbers."""
     fields: dict[int, Any] = {}
     number = 0
-    while head := _take(stream, 1)[0]:
+    while head := take(stream, 1)[0]:
         number = number + (head >> 4) if head >> 4 else _integer(stream)
         kind = head & 15
         if kind in (1, 2):
@@ -219,7 +201,7 @@ def _struct(stream: BinaryIO) -> dict[int, Any]:
         elif kind in (4, 5, 6):
             fields[number] = _integer(stream)
         elif kind == 8:
-            fields[number] = _take(stream, min(_varint(stream), _HEADER))
+            fields[number] = take(stream, min(varint(stream), _HEADER))
         elif kind == 12:
             fields[number] = _struct(stream)
         else:
@@ -228,18 +210,8 @@ def _struct(stream: BinaryIO) -> dict[int, Any]:
 
 
 def _integer(stream: BinaryIO) -> int:
-    number = _varint(stream)
+    number = varint(stream)
     return number >> 1 ^ -(number & 1)
-
-
-def _varint(stream: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 64, 7):
-        byte = _take(stream, 1)[0]
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value
-    raise ValueError("a number of too many bytes")
 
 
 # Values
@@ -249,15 +221,15 @@ def _plain_values(stream: BinaryIO) -> Iterator[Value]:
     while True:
         size = _length(stream)
         if size <= LONGEST_LINE:
-            yield _take(stream, size)
+            yield take(stream, size)
             continue
         while size:
-            size -= len(_take(stream, min(size, 1 << 20)))
+            size -= len(take(stream, min(size, 1 << 20)))
         yield TOO_LONG
 
 
 def _indices(stream: BinaryIO, count: int) -> Iterator[int]:
-    width = _take(stream, 1)[0]
+    width = take(stream, 1)[0]
     if width > 32:
         raise ValueError(f"indices of {width} bits")
     yield from _runs(stream, width, count)
@@ -266,122 +238,26 @@ def _indices(stream: BinaryIO, count: int) -> Iterator[int]:
 def _levels(stream: BinaryIO, size: int) -> bytes:
     if size > _LEVELS:
         raise Unknown(f"{size} bytes of levels in a page")
-    return _take(stream, size)
+    return take(stream, size)
 
 
 def _length(stream: BinaryIO) -> int:
-    return int.from_bytes(_take(stream, 4), "little")
+    return int.from_bytes(take(stream, 4), "little")
 
 
 def _runs(stream: BinaryIO, width: int, count: int) -> Iterator[int]:
     """`count` numbers of `width` bits in runs of equal ones and of packed ones (parquet's RLE hybrid)."""
     while count > 0:
-        head = _varint(stream)
+        head = varint(stream)
         if not head & 1:
-            number = int.from_bytes(_take(stream, (width + 7) // 8), "little")
+            number = int.from_bytes(take(stream, (width + 7) // 8), "little")
             yield from itertools.repeat(number, min(head >> 1, count))
             count -= head >> 1
             continue
         groups = head >> 1  # of eight
         while groups and count > 0:
             some = min(groups, 1024)
-            packed = np.frombuffer(_take(stream, some * width), np.uint8)
+            packed = np.frombuffer(take(stream, some * width), np.uint8)
             bits = np.unpackbits(packed, bitorder="little").reshape(some * 8, width)
             yield from (bits @ (1 << np.arange(width, dtype=np.int64)))[:count].tolist()
             groups, count = groups - some, count - some * 8
-
-
-# Bytes
-
-
-class _Section(io.RawIOBase):
-    """Bytes [begin, end) of a file that others read too; `tell` counts from the file's beginning."""
-
-    def __init__(self, file: BinaryIO, begin: int, end: int) -> None:
-        self._file, self._at, self._end = file, begin, end
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._at)
-        data = self._file.read(min(len(buffer), self._end - self._at))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-class _Blocks(io.RawIOBase):
-    """Reads what an iterator of blocks gives."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks, self._block = blocks, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._block:
-            self._block = memoryview(next(self._blocks, b""))
-        size = min(len(buffer), len(self._block))
-        buffer[:size] = self._block[:size]
-        self._block = self._block[size:]
-        return size
-
-
-def _section(file: BinaryIO, begin: int, size: int, buffer: int = _BLOCK) -> io.BufferedReader:
-    return io.BufferedReader(_Section(file, begin, begin + size), buffer)
-
-
-def _take(stream: BinaryIO, size: int) -> bytes:
-    """Exactly the next `size` bytes."""
-    data = stream.read(size)
-    if len(data) != size:
-        raise ValueError("a page ends too early")
-    return data
-
-
-# What each tag of snappy's elements (literals, copies of what came before) says: the element's bytes, of which a long
-# literal tells behind its tag (0), and those it stands for
-_STEPS = [(0, 2, 3, 5)[tag & 3] or (tag // 4 + 2) * (tag < 240) for tag in range(256)]
-_LENGTHS = [tag // 4 % 8 + 4 if tag & 3 == 1 else tag // 4 + 1 for tag in range(256)]
-
-
-def _snappy(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """The blocks of a snappy text of `size` bytes.
-
-    Snappy's own compressor, and with it all in use, take `_BLOCK` bytes at a time and refer to none before. So where a
-    block ends in the compressed text is found by its elements' lengths, and a block is decompressed as a text.
-    """
-    import pyarrow as pa
-
-    codec, data, left = pa.Codec("snappy"), b"", _varint(stream)
-    if left != size:
-        raise ValueError(f"a page of {size} bytes holds {left}")
-    while left:
-        if len(data) < 2 * _BLOCK:  # more than a block can take
-            data += stream.read(2 * _BLOCK)
-        block, at, length = min(left, _BLOCK), 0, 0
-        while length < block and at < len(data):
-            tag = data[at]
-            if step := _STEPS[tag]:
-                at += step
-                length += _LENGTHS[tag]
-            else:
-                behind = at + (tag >> 2) - 58
-                literal = int.from_bytes(data[at + 1 : behind], "little") + 1
-                at = behind + literal
-                length += literal
-        if length < block or at > len(data):
-            raise ValueError("a page ends too early")
-        if length > block:
-            raise Unknown("snappy that refers beyond its blocks")
-        says = bytes((block & 127 | 128, block >> 7 & 127 | 128, block >> 14))  # its length as a varint
-        try:
-            yield codec.decompress(says + data[:at], block, asbytes=True)
-        except OSError:
-            raise Unknown("snappy that refers beyond its blocks") from None
-        data, left = data[at:], left - block

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from convert.documents import MOST_VALUES, Dropped
-from convert.pages import TOO_LONG, Leaf, Unknown, is_of
+from convert.page_bytes import Unknown
+from convert.pages import TOO_LONG, Leaf, is_of
 from convert.reading import LONGEST_LINE
 
 _ROW_TOO_LONG = Dropped("rejected", "row_too_long")

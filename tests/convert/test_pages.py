@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chimera.cli import UserError
-from convert import columnar, pages, streamed
+from convert import columnar, page_bytes, pages, streamed
 from convert.columnar import open_parquet
 from convert.documents import Dropped
 from convert.reading import Position, Span, rows_of_file
@@ -74,7 +74,8 @@ def write(rng: random.Random, made: Any, **options: Any) -> io.BytesIO:
 def test_streamed_rows_are_the_tables(compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(compression)
     for at_once in (0, 1000, 1 << 24):  # nothing is read whole, some pages, all
-        monkeypatch.setattr(pages, "_AT_ONCE", at_once)
+        for module in (pages, page_bytes):
+            monkeypatch.setattr(module, "AT_ONCE", at_once)
         for rows in (1, 40, 1500):
             made = table(rng, rows)
             file = write(rng, made, compression=compression, row_group_size=900)
@@ -131,7 +132,8 @@ def test_columns_of_other_types_of_text_and_with_a_dot_in_their_name(
 def test_a_value_too_long_for_memory_is_passed_over(use_dictionary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
 
-    monkeypatch.setattr(pages, "_AT_ONCE", 10)
+    for module in (pages, page_bytes):
+        monkeypatch.setattr(module, "AT_ONCE", 10)
     monkeypatch.setattr(pages, "LONGEST_LINE", 100)
     monkeypatch.setattr(streamed, "LONGEST_LINE", 100)
     monkeypatch.setattr(streamed, "MOST_VALUES", 30)
@@ -181,8 +183,8 @@ def test_what_is_not_known_is_read_by_arrow_or_refused(
 def test_snappy_of_longer_blocks_is_not_guessed() -> None:
     """One literal of 70,000 bytes, which snappy's own compressor would not write."""
     literal = bytes([62 << 2]) + (70_000 - 1).to_bytes(3, "little") + random.Random(3).randbytes(70_000)
-    with pytest.raises(pages.Unknown, match="beyond its blocks"):
-        list(pages._snappy(io.BytesIO(b"\xf0\xa2\x04" + literal), 70_000))
+    with pytest.raises(page_bytes.Unknown, match="beyond its blocks"):
+        list(page_bytes._snappy(io.BytesIO(b"\xf0\xa2\x04" + literal), 70_000))
 
 
 def test_where_a_page_is_not_known_arrow_goes_on_behind_the_last_row(
@@ -194,13 +196,14 @@ def test_where_a_page_is_not_known_arrow_goes_on_behind_the_last_row(
     def blocks(stream: Any, size: int) -> Any:
         for block in real(stream, size):
             yield block
-            raise pages.Unknown("a block")
+            raise page_bytes.Unknown("a block")
 
-    real = pages._snappy
+    real = page_bytes._snappy
     texts = [f"{i} " * 100 for i in range(400)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", data_page_size=1 << 18, use_dictionary=False)
-    monkeypatch.setattr(pages, "_AT_ONCE", 1000)
-    monkeypatch.setattr(pages, "_snappy", blocks)
+    for module in (pages, page_bytes):
+        monkeypatch.setattr(module, "AT_ONCE", 1000)
+    monkeypatch.setattr(page_bytes, "_snappy", blocks)
     monkeypatch.setattr(columnar, "column_bytes", lambda *_: 1 << 40)
     rows = list(rows_of_file(Span("parquet", str(tmp_path / "a.parquet"), 0, None, 1), "text", Position(3)))
     assert [(row.number, row.value) for row in rows] == [(i, {"text": texts[i].encode()}) for i in range(3, 400)]
