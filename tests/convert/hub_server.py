@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -20,13 +21,14 @@ COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
 
 class Faults:
-    """What the next requests for data suffer, once `after` of them have gone well."""
+    """What the next requests for data suffer, once `after` of them have gone well; counted once `since` exists."""
 
     def __init__(self) -> None:
         self.arm()
 
     def arm(
         self,
+        since: Path | None = None,
         after: int = 0,
         statuses: Sequence[tuple[int, dict[str, str]]] = (),
         resets: int = 0,
@@ -34,7 +36,7 @@ class Faults:
         slow: int = 0,
     ) -> None:
         """`statuses` are answered instead of data; then bodies are reset half-way, stop there, or come slowly."""
-        self.after = after
+        self.since, self.after = since, after
         self.line: list[Any] = [*statuses, *["reset"] * resets, *["stall"] * stalls, *["slow"] * slow]
 
     @property
@@ -43,7 +45,9 @@ class Faults:
 
     def next(self) -> Any:
         """The fault of this request, or `None`."""
-        if self.after > 0 or not self.line:
+        if not self.line or (self.since and not self.since.exists()):
+            return None
+        if self.after > 0:
             self.after -= 1
             return None
         return self.line.pop(0)

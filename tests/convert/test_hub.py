@@ -49,6 +49,12 @@ def hub(files: Path) -> Iterator[HubServer]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def no_fault_left(hub: HubServer) -> Iterator[None]:
+    yield
+    hub.faults.arm()
+
+
 @pytest.fixture(scope="module")
 def environment(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = str(tmp_path_factory.mktemp("hf"))
@@ -107,7 +113,14 @@ def settings_for(tmp_path: Path, *sources: dict[str, Any], **changes: Any) -> di
 
 
 IT = {"hub": SET, "subset": "it"}
-AFTER = 7  # requests for data until rows of the first part have been packed: 5 for planning, 1 for its footer, 1
+
+
+def arm(hub: HubServer, tmp_path: Path, after: int = 2, **faults: Any) -> None:
+    """Faults once parts are read: after a part's footer and its first row group, unless told otherwise.
+
+    Planning is not counted: what it fetches ahead may or may not be asked for before it ends.
+    """
+    hub.faults.arm(tmp_path / "out" / ".work" / "plan.json", after, **faults)
 
 
 def test_a_set_is_read_at_a_recorded_commit_and_only_its_text(
@@ -158,7 +171,7 @@ def test_the_hub_is_asked_again_no_sooner_than_it_wants(
         return fault
 
     monkeypatch.setattr(hub.faults, "next", watched)
-    hub.faults.arm(after=AFTER, statuses=[(429, {"Retry-After": "1"})] * 2)
+    arm(hub, tmp_path, statuses=[(429, {"Retry-After": "1"})] * 2)
     error, said = build(settings_for(tmp_path, IT))
     assert error is None, said
     refused = [i for i, (_, fault) in enumerate(asked) if fault]
@@ -180,7 +193,7 @@ FAULTS = {
 def test_a_fault_between_rows_loses_and_repeats_none(
     build: Builder, hub: HubServer, wanted: dict[str, str], tmp_path: Path, name: str
 ) -> None:
-    hub.faults.arm(after=AFTER, **FAULTS[name])
+    arm(hub, tmp_path, **FAULTS[name])
     error, said = build(settings_for(tmp_path, IT))
     assert error is None, said
     assert hub.faults.idle
@@ -191,7 +204,7 @@ def test_a_set_that_fails_after_rows_never_switches_and_a_rerun_goes_on(
     build: Builder, hub: HubServer, files: Path, wanted: dict[str, str], tmp_path: Path
 ) -> None:
     local = {"files": [f"{files}/*.parquet"]}
-    hub.faults.arm(after=AFTER, statuses=[(429, {"Retry-After": "0"})] * 3)
+    arm(hub, tmp_path, statuses=[(429, {"Retry-After": "0"})] * 3)
     error, _ = build(settings_for(tmp_path, IT, local))
     assert error is not None
     assert "fails at row " in error
@@ -215,7 +228,7 @@ def test_a_rerun_does_not_fetch_row_groups_again_whose_rows_are_done(
     texts = sum(meta.row_group(group).column(0).total_compressed_size for group in range(3))
     source = put_set(hub, "uonlp/Groups", "long.parquet", (tmp_path / "long.parquet").read_bytes())
     settings = settings_for(tmp_path, source)
-    hub.faults.arm(after=AFTER + 1, statuses=[(429, {"Retry-After": "0"})] * 3)
+    arm(hub, tmp_path, after=3, statuses=[(429, {"Retry-After": "0"})] * 3)
     error, _ = build(settings)
     assert error is not None
     assert re.search("long.parquet fails at row (40|80) after 3 attempts", error)
@@ -270,7 +283,7 @@ def test_jsonl_of_a_set_is_read_by_line_and_a_bad_line_costs_one(
 ) -> None:
     body = builds.jsonl({"text": t} for t in builds.texts(40, 100)) + b"broken\n" + builds.jsonl([{"text": 5}])
     source = put_set(hub, f"uonlp/{suffix}-Lines", f"lines.{suffix}", PACKERS[suffix](body))
-    hub.faults.arm(after=2, resets=1)  # in the third: the head is read for a probe and for a sample
+    arm(hub, tmp_path, after=0, resets=1)
     error, said = build(settings_for(tmp_path, source))
     assert error is None, said
     assert hub.faults.idle
@@ -372,7 +385,7 @@ def test_a_set_that_is_there_but_wrong_is_refused(
 def test_a_stalled_set_is_named_and_survived(
     hub: HubServer, environment: dict[str, str], wanted: dict[str, str], tmp_path: Path
 ) -> None:
-    hub.faults.arm(after=AFTER, stalls=1)
+    arm(hub, tmp_path, stalls=1)
     code, said = builds.run(settings_for(tmp_path, IT, stall_after=0.5, workers=1), tmp_path, **environment)
     assert code == 0, said
     assert f"s: stalled: no row from part 0 (hf://datasets/{SET}@{COMMIT}/it/part_0.parquet) for 0.5 s" in said
