@@ -1,7 +1,9 @@
 """What the pinned clients of object stores need before they read and write."""
 
+import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,11 +14,12 @@ URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/..
 WRITABLE = re.compile(  # by streaming's uploaders; DBFS outside of volumes is left out: it replaces no file
     r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?|alipan:///.+"
 )
-REFUSALS = {  # databricks-sdk's words for HTTP statuses
+REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
     "RESOURCE_DOES_NOT_EXIST": 404,
+    "InvalidParameter.RefreshToken": 401,
 }
 
 
@@ -30,8 +33,8 @@ def check_writable(url: str) -> None:
     if not WRITABLE.fullmatch(url):
         raise UserError(
             f"setting `output`: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
-            "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, or "
-            "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH"
+            "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, "
+            "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH, or alipan:///PATH"
         )
 
 
@@ -40,15 +43,39 @@ def readable(url: str) -> str:
 
     The two differ for Azure (streaming 0.13.0; its issue 727 changed one of them): `azure://BOX/PATH` is
     uploaded into the container BOX of the account `AZURE_ACCOUNT_NAME`, but read from the container that PATH begins
-    with. Raises `ValueError` where no account is named. The long form, `azure://ACCOUNT.…/BOX/PATH`, stays.
+    with. The long form, `azure://ACCOUNT.…/BOX/PATH`, stays. Raises `ValueError` where the account, or what Alipan
+    needs, is missing.
     """
     place = urlsplit(url)
+    if place.scheme == "alipan" and importlib.util.find_spec("alipcs_py") is None:
+        raise ValueError("alipan:/// needs the alipan extra: pip install -c constraints.txt -e '.[alipan]'")
+    if place.scheme == "alipan" and not os.environ.get("ALIPAN_WEB_REFRESH_TOKEN"):
+        raise ValueError("alipan:/// needs the environment variable ALIPAN_WEB_REFRESH_TOKEN")
     if place.scheme not in ("azure", "azure-dl") or "." in place.netloc:
         return url
     account = os.environ.get("AZURE_ACCOUNT_NAME")
     if not account:
         raise ValueError(f"{place.scheme}://{place.netloc} needs the environment variable AZURE_ACCOUNT_NAME")
     return url if place.scheme == "azure-dl" else f"azure://{account}/{place.netloc}{place.path}"
+
+
+def download(client: Any, url: str, to: Path, seconds: float) -> None:
+    """Have streaming's downloader `client` make `to` hold what is at `url`; nothing else at `to` while this runs.
+
+    Raises what the client does, and `OSError` where it says nothing; `seconds` without an answer are too many.
+    """
+    # Streaming 0.13.0's for the hub and Alipan go through a file of the object's own name beside the one asked for: two processes would
+    # take each other's away, and a file that is there. What a killed process leaves goes with the next try.
+    own = to.with_name(f"{to.name}.d")
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    try:
+        client.download(readable(url), str(own / "object"), seconds)
+        if not (own / "object").exists():  # streaming's for `gs` passes over errors it does not know
+            raise OSError("the store's client gave neither the object nor a reason")
+        (own / "object").replace(to)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def status_of(error: BaseException | None) -> int | None:
@@ -80,6 +107,16 @@ def plain_uploads() -> None:
     others = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GCS_KEY")
     if any(os.environ.get(name) for name in others):
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+
+
+def send_whole(drive: Any) -> None:
+    """Have an Alipan client (`AliPCSApi`) send each file it uploads.
+
+    Where the drive knows a file that begins with the same KiB, alipcs_py 0.8.1 sends a checksum of the whole and takes
+    the file for uploaded, whatever the drive answers; and raw shards begin alike. So the KiB is not asked about.
+    """
+    create = drive.create_file
+    drive.prepare_file = lambda name, folder, size, _first_kib, **more: create(name, folder, size, **more)
 
 
 class HubUploader:

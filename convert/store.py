@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError, one_line, say
-from chimera.stores import HubUploader, plain_uploads, readable, status_of
+from chimera.stores import HubUploader, download, plain_uploads, readable, send_whole, status_of
 from convert.journal import SENT
 
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -45,7 +45,6 @@ class Store:
         self._root, self._scratch, self._retries = root.rstrip("/"), scratch, retries
         self._uploader: Any = None
         self._downloader: Any = None
-        self._readable = ""
 
     def put(self, file: Path, key: str) -> None:
         """Make the object `key` hold what `file` holds, and see that it does.
@@ -106,14 +105,11 @@ class Store:
             from streaming.base.storage.download import CloudDownloader
 
             try:
+                readable(self._root)  # or says what is missing
                 self._downloader = CloudDownloader.get(self._root)
-                self._readable = readable(self._root)
             except ValueError as error:
                 raise Refused(one_line(error)) from None
-        place.unlink(missing_ok=True)  # a downloader leaves a file that is there alone
-        self._downloader.download(f"{self._readable}/{key}", str(place), DOWNLOAD_SECONDS)
-        if not place.exists():  # streaming's for `gs` passes over errors it does not know
-            raise OSError("the store's client gave neither the object nor a reason")
+        download(self._downloader, f"{self._root}/{key}", place, DOWNLOAD_SECONDS)
 
     def _connected(self) -> Any:
         """The uploader; made when first needed, since its import takes seconds."""
@@ -124,11 +120,14 @@ class Store:
             staging = self._scratch / "staging"
             staging.mkdir(parents=True, exist_ok=True)
             try:
+                readable(self._root)  # or says what is missing
                 if self._root.startswith("hf:"):
                     self._uploader = HubUploader(self._root, str(staging))
                 else:
                     place = (str(staging), self._root)
                     self._uploader = CloudUploader.get(place, keep_local=True, retry=1, exist_ok=True)
+                if self._root.startswith("alipan:"):
+                    send_whole(self._uploader.api)
             except (KeyError, ValueError) as error:
                 raise Refused(one_line(error)) from None
         return self._uploader

@@ -1,5 +1,6 @@
 """Stores of other kinds than S3, spoken to by their real clients: build, build again, verify, read for training."""
 
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from chimera.cli import UserError
 from convert import verify_shards
 from convert.store import Store
-from tests.convert import builds
+from tests.convert import builds, drive_server
 from tests.convert.hub_server import HubServer
 from tests.convert.volumes_server import VolumesServer
 from tests.train.make_shards import plan_for
@@ -30,14 +32,21 @@ class Loopback:
         return {p.removeprefix(self._prefix): data for p, data in self._stored.items() if p.startswith(self._prefix)}
 
 
-@pytest.fixture(params=["hf", "hf root", "dbfs"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+@pytest.fixture(params=["hf", "hf root", "dbfs", "alipan"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Loopback]:
     remote.forget_clients()
     if request.param == "dbfs":
         with VolumesServer() as volumes:
             for key, value in volumes.environment.items():
                 monkeypatch.setenv(key, value)
             yield Loopback(f"dbfs:{VOLUME}/en it", volumes.files, f"{VOLUME}/en it/")
+    elif request.param == "alipan":
+        monkeypatch.setenv("LOG_PATH", str(tmp_path / "alipan.log"))  # or a file in the home folder
+        with drive_server.DriveServer() as drive:
+            monkeypatch.setattr("alipcs_py.alipcs.pcs.ALIYUNDRIVE_COM_API", drive.url)
+            monkeypatch.setenv("ALIPAN_WEB_REFRESH_TOKEN", drive_server.TOKEN)
+            yield Loopback("alipan:///chimera/en it", drive.files, "/chimera/en it/")
+            assert not drive.unknown
     else:
         below = "" if request.param == "hf root" else "2026/en"
         with HubServer({SET: {"README.md": b"# Shards"}}) as hub:
@@ -50,7 +59,10 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def test_a_store_holds_what_a_folder_would(store: Loopback, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_bytes(builds.jsonl({"text": text} for text in builds.texts(1, 200)))
-    settings: dict[str, Any] = builds.config(tmp_path, tmp_path / "local", work=str(tmp_path / "work"), retries=2)
+    raw = {"compression": None, "block_len": 16, "shard_bytes": 16_000}  # shards that begin alike, and for long
+    settings: dict[str, Any] = builds.config(
+        tmp_path, tmp_path / "local", work=str(tmp_path / "work"), retries=2, **raw
+    )
     settings["streams"] = {"rows": {"sources": [{"files": [f"{tmp_path}/rows.jsonl"]}]}}
     builds.build_here(settings)
     settings["output"] = store.url
@@ -65,7 +77,12 @@ def test_a_store_holds_what_a_folder_would(store: Loopback, tmp_path: Path, caps
     assert "is finished: nothing to do" in capsys.readouterr().err
     assert verify_shards.main([store.url]) == 0
 
-    plan = plan_for([(4, {"rows": 1})], block_len=64)
+    (tmp_path / "manifest.json").write_text("mine")  # not to be taken for the store's, as Alipan's client would
+    remote.download(f"{store.url}/manifest.json", tmp_path / "theirs")
+    assert (tmp_path / "theirs").read_bytes() == (tmp_path / "local" / "manifest.json").read_bytes()
+    assert (tmp_path / "manifest.json").read_text() == "mine"
+
+    plan = plan_for([(4, {"rows": 1})], block_len=16)
     sets = [
         MixtureDataset(root=root, cache=str(tmp_path / f"cache{i}"), plan=plan, seed=17)
         for i, root in enumerate((store.url, str(tmp_path / "local")))
@@ -80,8 +97,20 @@ def test_what_is_not_there_is_told_from_what_is_refused(
     assert Store(store.url, tmp_path / "scratch", retries=1).get("no/such.json") is None
     with pytest.raises(FileNotFoundError):
         remote.download(f"{store.url}/no/such.json", tmp_path / "file")
-    if store.url.startswith("dbfs"):
+    if not store.url.startswith("hf"):
         monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-wrong")
+        monkeypatch.setenv("ALIPAN_WEB_REFRESH_TOKEN", "wrong")
         remote.forget_clients()
         with pytest.raises(OSError, match="access denied"):
             remote.download(f"{store.url}/no/such.json", tmp_path / "file")
+        with pytest.raises(UserError, match="after 1 attempt: "):
+            Store(store.url, tmp_path / "other", retries=3).put(Path(__file__), "file")
+
+
+def test_alipan_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALIPAN_WEB_REFRESH_TOKEN", raising=False)
+    with pytest.raises(UserError, match="needs the environment variable ALIPAN_WEB_REFRESH_TOKEN"):
+        Store("alipan:///chimera", tmp_path, retries=3).get("manifest.json")
+    monkeypatch.setitem(sys.modules, "alipcs_py", None)
+    with pytest.raises(OSError, match="needs the alipan extra"):
+        remote.download("alipan:///chimera/index.json", tmp_path / "file")

@@ -15,6 +15,7 @@ import hashlib
 import mmap
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -179,7 +180,7 @@ class ShardCache:
                 if path.name.endswith((".mds", ".part")):
                     stat = path.stat()
                     files.append((path.name.endswith(".mds"), stat.st_mtime_ns, stat.st_size, path))
-                elif path.name.endswith(".fetched"):
+                elif path.name.endswith((".fetched", ".fetched.d")):
                     _remove_unlesslocked(path)  # a killed process's; no part of the limit
         used = sum(bytes_ for _, _, bytes_, _ in files)
         for _, _, freed, path in sorted(files):  # reservations of killed processes first
@@ -201,7 +202,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _lock_of(path: Path) -> Path:
-    name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".fetched")
+    name = path.name.removeprefix(".").removesuffix(".part").removesuffix(".d").removesuffix(".fetched")
     return path.with_name(f".{name}.lock")
 
 
@@ -212,7 +213,10 @@ def _remove_unlesslocked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         return True
 
 

@@ -4,8 +4,8 @@ import shutil
 import threading
 from pathlib import Path
 
+from chimera import stores
 from chimera.cli import one_line
-from chimera.stores import readable, status_of
 
 ATTEMPTS = 3
 TIMEOUT = 60.0  # seconds without an answer
@@ -18,7 +18,6 @@ def download(url: str, to: Path) -> None:
 
     A failure is tried again twice. The message never holds more than the backend's own words.
     """
-    to.unlink(missing_ok=True)
     scheme = url.partition(":")[0]
     if scheme == "file":
         shutil.copyfile(url.removeprefix("file://"), to)
@@ -29,13 +28,11 @@ def download(url: str, to: Path) -> None:
         try:
             if not hasattr(_clients, scheme):
                 setattr(_clients, scheme, CloudDownloader.get(url))
-            getattr(_clients, scheme).download(readable(url), str(to), TIMEOUT)
-            if not to.exists():  # streaming's for `gs` passes over errors it does not know
-                raise OSError("the store's client gave neither the object nor a reason")
+            stores.download(getattr(_clients, scheme), url, to, TIMEOUT)
             return
         except Exception as error:  # every backend has its own kinds
             what = f"{type(error).__name__}: {one_line(error)[:300]}"
-            status = status_of(error)
+            status = stores.status_of(error)
             if status in (401, 403):  # streaming's words for it may be "not found"
                 raise OSError(f"access denied ({status}): check the credentials and their permissions") from None
             if status == 404:

@@ -236,8 +236,11 @@ def test_remains_of_a_killed_fetch_make_room(remote: str, tmp_path: Path) -> Non
     cache.open(indexes["en"], 0)
     path = cache.path(indexes["en"], indexes["en"].shards[1])
     path.with_name(f".{path.name}.part").write_bytes(bytes(2 * indexes["en"].shards[0].raw.bytes))
+    path.with_name(f".{path.name}.fetched.d").mkdir()
+    path.with_name(f".{path.name}.fetched.d").joinpath("object").write_bytes(bytes(9))
     cache.open(indexes["en"], 2)  # would not fit, were the reservation a living process's
     assert used(tmp_path / "cache") <= limit
+    assert not path.with_name(f".{path.name}.fetched.d").exists()
 
 
 # Several processes
