@@ -64,8 +64,8 @@ def download(client: Any, url: str, to: Path, seconds: float) -> None:
 
     Raises what the client does, and `OSError` where it says nothing; `seconds` without an answer are too many.
     """
-    # Streaming 0.13.0's for the hub and Alipan go through a file of the object's own name beside the one asked for: two processes would
-    # take each other's away, and a file that is there. What a killed process leaves goes with the next try.
+    # Streaming 0.13.0's for the hub and for Alipan go through a file of the object's own name beside the one asked for:
+    # two processes would take each other's away, or a file in place. What a killed one leaves, the next try removes.
     own = to.with_name(f"{to.name}.d")
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
