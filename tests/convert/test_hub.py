@@ -58,7 +58,7 @@ def no_fault_left(hub: HubServer) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def environment(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = str(tmp_path_factory.mktemp("hf"))
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
 
 
 class Builder:
