@@ -1,4 +1,4 @@
-"""Rows of a hub's files that are read as text: JSONL, JSON, CSV and plain text lines.
+"""Rows of a hub's files that are read as text: JSONL, JSON, CSV, TSV and plain text lines.
 
 Read here and not by `datasets`, which takes such files in blocks of many rows: so one bad row costs one row, and a
 row of 100 MB stays within a worker's memory.
@@ -16,7 +16,7 @@ from convert.reading import BOM, LONGEST_LINE, RAW_SHOWN, Position, Row, Span, j
 from convert.sources import check_columns
 
 BITE = 1 << 20  # bytes of an array read at a time
-_FORMAT = re.compile(r"\.(jsonl|json|csv|txt)(\.(gz|zst|bz2|xz))?$")
+_FORMAT = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|bz2|xz))?$")
 _MARK = re.compile(rb'["\[\]{},]')
 _QUOTED = re.compile(rb'["\\]')
 
@@ -36,9 +36,9 @@ def rows_of_text(span: Span, column: str | None, start: Position, below: BinaryI
     if kind == "txt":
         check_columns(span.file, ["text"], column)
         yield from jsonl_rows(span, start, below, lambda line: {"text": line})
-    elif kind == "jsonl" or (kind == "json" and start.offset is not None):
+    elif kind in ("jsonl", "ndjson") or (kind == "json" and start.offset is not None):
         yield from jsonl_rows(span, start, below)
-    elif kind == "csv":
+    elif kind in ("csv", "tsv"):
         yield from _csv_rows(span, column, start.number, open_lines(span, below, Position())[0])
     else:  # nothing read yet, or an array, whose rows have no place of their own in the file
         file = open_lines(span, below, Position())[0]
@@ -55,10 +55,10 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BinaryIO) -> Iter
     csv.field_size_limit(LONGEST_LINE)
     if file.peek(len(BOM)).startswith(BOM):  # type: ignore[attr-defined]
         file.read(len(BOM))
-    lines = iter(functools.partial(_csv_line, file), "")
-    names = [name.encode("latin-1").decode() for name in next(csv.reader(lines), [])]
+    lines = iter(functools.partial(_csv_line, file, span.delimiter), "")
+    names = [name.encode("latin-1").decode() for name in next(csv.reader(lines, delimiter=span.delimiter), [])]
     wanted = check_columns(span.file, names, column)
-    reader = csv.reader(lines)
+    reader = csv.reader(lines, delimiter=span.delimiter)
     for number in itertools.count():
         value: Any
         size = 0
@@ -79,18 +79,20 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BinaryIO) -> Iter
         except csv.Error:
             value = Dropped("rejected", "unparseable")
         if size > LONG_LINE:
-            reader = csv.reader(lines)  # the last one keeps 4 bytes for each character of its longest field
+            reader = csv.reader(
+                lines, delimiter=span.delimiter
+            )  # the last one keeps 4 bytes for each character of its longest field
         if number >= skip:
             raw = None if isinstance(value, Dropped) else value
             yield Row(value, raw, number, 0.0, Position(number + 1))
         del value
 
 
-def _csv_line(file: BinaryIO) -> str:
+def _csv_line(file: BinaryIO, delimiter: str) -> str:
     """The next line, one character a byte; nothing at the end."""
     line, size = read_line(file)
     if line is None:  # whatever row this belongs to is rejected, for its NUL or for its number of fields
-        return "\0" + "," * 1000 + "\n"
+        return "\0" + delimiter * 1000 + "\n"
     return line.decode("latin-1") if size else ""
 
 

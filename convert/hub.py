@@ -33,7 +33,19 @@ from convert.sources import CannotOpen, check_columns
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 OPENING = 4  # attempts at most before a source that never answered is passed over
 _BUFFER = 1 << 20  # bytes
-_KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
+_KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+# What a set's card may ask of its format's reader and our readers do as well, or need not do.
+_OPTIONS = {
+    "name",
+    "version",
+    "data_dir",
+    "data_files",
+    "description",
+    "features",
+    "columns",
+    "batch_size",
+    "chunksize",
+}
 
 Result = TypeVar("Result")
 
@@ -52,13 +64,14 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
             "another folder, or rename it"
         )
     retries = min(retries, OPENING)
-    sha, sizes, module, files = _attempts(lambda: _resolve(where, source), name, retries)
-    spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0)) for file in files]
+    sha, sizes, builder, files = _attempts(lambda: _resolve(where, source), name, retries)
+    delimiter = _delimiter(f"{where}: {name}", builder.config)
+    spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0), delimiter) for file in files]
     for span in spans:
         _kind(span.file)  # not to find after a night that the last of them cannot be read
     _attempts(lambda: _probe(where, name, spans[0], column), name, retries)
-    describe = {"hub": name, "subset": source.subset, "split": source.split, "revision": sha, "format": module}
-    return {**describe, "data_files": len(files)}, spans
+    describe = {"hub": name, "subset": source.subset, "split": source.split, "revision": sha}
+    return {**describe, "format": builder.name, "data_files": len(files)}, spans
 
 
 def rows_of_hub(
@@ -118,8 +131,8 @@ def _rows_of_arrow(span: Span, column: str | None, start: Position, file: Binary
         number += 1
 
 
-def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], str, list[str]]:
-    """(commit, size of each file, the format's module in `datasets`, the split's files)."""
+def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], Any, list[str]]:
+    """(commit, size of each file, the builder `datasets` has for the set, the split's files)."""
     from huggingface_hub import HfApi
 
     assert source.hub is not None
@@ -138,7 +151,7 @@ def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], s
         for at in range(0, len(paths), 500)
         for i in HfApi().get_paths_info(source.hub, paths[at : at + 500], revision=sha, repo_type="dataset")
     ]
-    return str(sha), {i.path: getattr(i, "size", 0) for i in infos}, builder.name or "", files
+    return str(sha), {i.path: getattr(i, "size", 0) for i in infos}, builder, files
 
 
 def _probe(where: str, name: str, span: Span, column: str | None) -> None:
@@ -160,6 +173,26 @@ def _kind(file: str) -> str:
     if suffix not in _KINDS:
         raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(_KINDS)})")
     return suffix[1:]
+
+
+def _delimiter(where: str, config: Any) -> str:
+    """The delimiter of a set's CSV files.
+
+    Raises `UserError` where its card wants its files read in a way that would give other rows than our readers do.
+    """
+    usual = type(config)()
+    asked = {name: value for name, value in vars(config).items() if name not in _OPTIONS}
+    delimiter = asked.pop("sep", ",")
+    asked.pop("delimiter", None)
+    other = {name: value for name, value in asked.items() if value != getattr(usual, name)}
+    if len(delimiter) != 1:
+        other["sep"] = delimiter
+    if other:
+        raise UserError(
+            f"{where}: its card has its files read with {', '.join(f'{k}: {v!r}' for k, v in other.items())}, which "
+            "is not supported: load it with `datasets`, write it as parquet and give that as `files`"
+        )
+    return str(delimiter)
 
 
 def _path_in_set(file: str) -> str:

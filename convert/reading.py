@@ -37,6 +37,7 @@ class Span:
     begin: int
     end: int | None
     bytes: int
+    delimiter: str = ","  # of CSV
 
 
 class Position(NamedTuple):

@@ -326,13 +326,101 @@ def test_sets_of_other_formats_give_the_same_documents(
     assert shards(tmp_path / "out") == shards(tmp_path / "local")
 
 
+BOTH_READERS = """
+import json, sys
+from convert.hub import open_hub, rows_of_hub
+from convert.reading import Position
+from convert.settings import SourceSettings
+from datasets import load_dataset
+
+def text(row):
+    return row["text"].decode() if isinstance(row["text"], bytes) else row["text"]
+
+for name in sys.argv[1:]:
+    source = SourceSettings(hub=name, subset="it", split="validation", column="text")
+    spans = open_hub("s", source, "text", 1)[1]
+    ours = [text(row.value) for span in spans for row in rows_of_hub(span, "text", Position(), 1) if row.value]
+    theirs = [row["text"] for row in load_dataset(name, "it", split="validation", streaming=True) if row["text"]]
+    print(json.dumps([ours, theirs]))
+"""
+TWO_SUBSETS = """---
+configs:
+- config_name: en
+  data_files: en/*
+- config_name: it
+  data_files:
+  - {{split: train, path: it/c.{suffix}}}
+  - {{split: validation, path: 'it/[ab].{suffix}'}}
+{options}
+---
+"""
+
+
+def every_format(texts: list[str], tmp_path: Path) -> dict[str, bytes]:
+    """A file of the texts in each format a hub's set may have, by its suffix."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": list(map(str, range(len(texts)))), "text": texts})
+    rows = table.to_pylist()
+    bodies = {"txt": "\n\n".join(texts).encode(), "jsonl": builds.jsonl(rows), "json": json.dumps(rows).encode()}
+    for suffix, delimiter in {"csv": ",", "tsv": "\t", "semicolons.csv": ";"}.items():
+        lines = io.StringIO()
+        csv.writer(lines, delimiter=delimiter).writerows([table.column_names, *(row.values() for row in rows)])
+        bodies[suffix] = lines.getvalue().encode()
+    for suffix, new in {"arrow": pa.ipc.new_stream, "file.arrow": pa.ipc.new_file}.items():
+        sink = io.BytesIO()
+        with new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+        bodies[suffix] = sink.getvalue()
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    bodies["parquet"] = (tmp_path / "a.parquet").read_bytes()
+    return bodies | {f"{suffix}.gz": gzip.compress(bodies[suffix]) for suffix in ("txt", "jsonl", "json", "csv")}
+
+
+def test_the_rows_are_those_of_load_dataset_streaming(
+    hub: HubServer, environment: dict[str, str], tmp_path: Path
+) -> None:
+    texts = [re.sub(r"\s+", " ", text).strip() + ',;"' for text in builds.texts(44, 30)]
+    names = []
+    for suffix, body in every_format(texts, tmp_path).items():
+        card = TWO_SUBSETS.format(suffix=suffix, options="  sep: ';'" if suffix == "semicolons.csv" else "")
+        names.append(f"uonlp/{suffix}-Both")
+        files = {f"{name}.{suffix}": body for name in ("en/a", "it/a", "it/b", "it/c")}
+        hub.sets[names[-1]] = {"README.md": card.encode(), **files}
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH_READERS, *names],
+        cwd=builds.ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        ours, theirs = json.loads(line)
+        assert theirs == texts * 2, name
+        assert ours == theirs, name
+
+
+def test_a_card_that_wants_its_files_read_in_another_way_is_refused(
+    build: Builder, hub: HubServer, tmp_path: Path
+) -> None:
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: a.txt\n  sample_by: document\n---\n"
+    hub.sets["uonlp/Documents"] = {"README.md": card, "a.txt": builds.PROSE.encode()}
+    error, _ = build(settings_for(tmp_path, {"hub": "uonlp/Documents"}))
+    assert error == (
+        "streams.s: uonlp/Documents: its card has its files read with sample_by: 'document', which is not supported: "
+        "load it with `datasets`, write it as parquet and give that as `files`"
+    )
+
+
 def test_a_file_of_a_set_that_nothing_reads_is_refused_at_once(build: Builder, hub: HubServer, tmp_path: Path) -> None:
     body = builds.jsonl({"text": text} for text in builds.texts(42, 50))
-    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - a.jsonl\n  - b.jsonl\n  - c.tsv\n---\n"
-    hub.sets["uonlp/Mixed"] = {"README.md": card, "a.jsonl": body, "b.jsonl": body, "c.tsv": b"text\ta\n"}
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - a.jsonl\n  - b.jsonl\n  - c.xml\n---\n"
+    hub.sets["uonlp/Mixed"] = {"README.md": card, "a.jsonl": body, "b.jsonl": body, "c.xml": b"<text>a</text>"}
     error, said = build(settings_for(tmp_path, {"hub": "uonlp/Mixed"}))
     assert error is not None, said
-    assert "c.tsv: no reader for this kind of file (there is one for .parquet" in error
+    assert "c.xml: no reader for this kind of file (there is one for .parquet" in error
     assert "attempt" not in error + said
     assert not (tmp_path / "out" / ".work").exists()  # nothing has begun
 
