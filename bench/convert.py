@@ -202,7 +202,7 @@ def _usual(described: str, out: str, *files: str) -> Spent:
     began, cpu = time.perf_counter(), cpu_seconds()
     rows = load_dataset("parquet", data_files=list(files), split="train", streaming=True)
 
-    class Concatenated(IterableDataset):  # type: ignore[misc]
+    class Concatenated(IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Any]]:
             loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer.file, model_max_length=10**9)
             buffer: list[int] = []

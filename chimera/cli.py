@@ -12,7 +12,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 Settings = TypeVar("Settings")
 
@@ -105,7 +105,8 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
         for override in overrides:
             key, _, text = override.partition("=")
             try:
-                value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
+                parsed: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
+                value = parsed["value"]
                 OmegaConf.update(config, key, value, merge=not isinstance(value, list))
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
@@ -117,7 +118,7 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
     except TypeError:  # OmegaConf's, which does not say where
         key = _of_another_kind(schema, config)
         raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
-    return settings  # type: ignore[return-value]
+    return cast(Settings, settings)
 
 
 def _of_another_kind(schema: type, config: Any) -> str:

@@ -9,7 +9,8 @@ import functools
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 from convert.documents import LONG_LINE, Dropped, parse_line
 from convert.reading import BOM, LONGEST_LINE, RAW_SHOWN, Position, Row, Span, jsonl_rows, open_lines, read_line
@@ -26,7 +27,7 @@ def is_text(file: str) -> bool:
     return _FORMAT.search(file) is not None
 
 
-def rows_of_text(span: Span, column: str | None, start: Position, below: BinaryIO) -> Iterator[Row]:
+def rows_of_text(span: Span, column: str | None, start: Position, below: BufferedReader) -> Iterator[Row]:
     """The rows of a whole file, open as `below`, from `start` on; `column` as for `rows_of_file`.
 
     Raises `ValueError` and `EOFError` for a damaged file, `UserError` for columns that are not there.
@@ -42,7 +43,7 @@ def rows_of_text(span: Span, column: str | None, start: Position, below: BinaryI
         yield from _csv_rows(span, column, start.number, open_lines(span, below, Position())[0])
     else:  # nothing read yet, or an array, whose rows have no place of their own in the file
         file = open_lines(span, below, Position())[0]
-        begun = file.peek(1).removeprefix(BOM).lstrip()[:1]  # type: ignore[attr-defined]
+        begun = file.peek(1).removeprefix(BOM).lstrip()[:1]
         if begun == b"[":
             yield from _array_rows(start.number, file)
         else:
@@ -50,10 +51,10 @@ def rows_of_text(span: Span, column: str | None, start: Position, below: BinaryI
             yield from jsonl_rows(span, start, below)
 
 
-def _csv_rows(span: Span, column: str | None, skip: int, file: BinaryIO) -> Iterator[Row]:
+def _csv_rows(span: Span, column: str | None, skip: int, file: BufferedReader) -> Iterator[Row]:
     """The first row names the columns. A row with more fields than names, or with a line too long, is rejected."""
     csv.field_size_limit(LONGEST_LINE)
-    if file.peek(len(BOM)).startswith(BOM):  # type: ignore[attr-defined]
+    if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))
     lines = iter(functools.partial(_csv_line, file, span.delimiter), "")
     names = [name.encode("latin-1").decode() for name in next(csv.reader(lines, delimiter=span.delimiter), [])]
@@ -88,7 +89,7 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BinaryIO) -> Iter
         del value
 
 
-def _csv_line(file: BinaryIO, delimiter: str) -> str:
+def _csv_line(file: BufferedReader, delimiter: str) -> str:
     """The next line, one character a byte; nothing at the end."""
     line, size = read_line(file)
     if line is None:  # whatever row this belongs to is rejected, for its NUL or for its number of fields
@@ -96,7 +97,7 @@ def _csv_line(file: BinaryIO, delimiter: str) -> str:
     return line.decode("latin-1") if size else ""
 
 
-def _array_rows(skip: int, file: BinaryIO) -> Iterator[Row]:
+def _array_rows(skip: int, file: BufferedReader) -> Iterator[Row]:
     number = 0
     for item in _items(file):
         number += 1
@@ -110,7 +111,7 @@ def _array_rows(skip: int, file: BinaryIO) -> Iterator[Row]:
         yield row
 
 
-def _items(file: BinaryIO) -> Iterator[bytes | None]:
+def _items(file: BufferedReader) -> Iterator[bytes | None]:
     """The items of the JSON array in a file, as they stand there; `None` for one longer than `LONGEST_LINE`."""
     depth, quoted, escaped, long = 0, False, False, False
     item = bytearray()

@@ -106,7 +106,8 @@ def rows_of_hub(
 def _rows(span: Span, column: str | None, start: Position, scratch: Path | None = None) -> Iterator[Row]:
     """The rows behind `start`."""
     kind = _kind(span.file)
-    with HubFile(span.file) as below, io.BufferedReader(below, _BUFFER) as file:
+    with HubFile(span.file) as below:
+        file: io.BufferedReader = io.BufferedReader(below, _BUFFER)
         if kind == "text":
             yield from rows_of_text(span, column, start, file)
             return

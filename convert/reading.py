@@ -83,7 +83,7 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
 
 
 def jsonl_rows(
-    span: Span, start: Position, below: BinaryIO, parse: Callable[[bytes], object] = parse_line
+    span: Span, start: Position, below: io.BufferedReader, parse: Callable[[bytes], object] = parse_line
 ) -> Iterator[Row]:
     """Rows of a JSONL file, open as `below`; `parse` makes a row's value of a line."""
     packed = span.file.endswith(_PACKED)
@@ -108,12 +108,12 @@ def jsonl_rows(
         yield row
 
 
-def open_lines(span: Span, below: BinaryIO, start: Position) -> tuple[BinaryIO, int]:
+def open_lines(span: Span, below: io.BufferedReader, start: Position) -> tuple[io.BufferedReader, int]:
     """A buffered file positioned at the start of a line, and that position in bytes."""
     if span.file.endswith(_PACKED):
         readers: dict[str, Callable[[Any], Any]] = {"gz": gzip.GzipFile, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
         reader = readers.get(span.file.rpartition(".")[2], _Zstd)
-        file: Any = io.BufferedReader(reader(fileobj=below) if reader is gzip.GzipFile else reader(below), 1 << 20)
+        file = io.BufferedReader(reader(fileobj=below) if reader is gzip.GzipFile else reader(below), 1 << 20)
         left = start.offset or 0
         while left:  # a compressed file has no seek that costs less than reading
             got = len(file.read(min(left, 1 << 20)))

@@ -75,7 +75,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The `state` of one of our checkpoints, on the CPU; only tensors and plain values are unpickled."""
     import numpy
     import torch
-    from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+    from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]  # private: not in its stubs
     from torch.torch_version import TorchVersion
 
     # What Composer keeps beside the tensors: random states, durations, torch's version.

@@ -26,7 +26,7 @@ TEXTS = st.text(st.sampled_from('aè😀"\\,[]{}: \n'), max_size=12)
 
 
 def rows(name: str, body: bytes, start: Position = START, column: str = "text") -> list[Row]:
-    below: Any = io.BufferedReader(io.BytesIO(body))  # type: ignore[arg-type]
+    below: Any = io.BufferedReader(io.BytesIO(body))
     return list(rows_of_text(Span("hub", name, 0, None, 0), column, start, below))
 
 

@@ -55,7 +55,7 @@ def test_reading_starts_again_behind_any_row(tmp_path: Path, suffix: str) -> Non
     body = b"".join(b'{"text": "%d"}\n' % i + b"\n" * (i % 3) for i in range(40))
     pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[suffix]
     file = tmp_path / f"a.{suffix}"
-    file.write_bytes(pack(body))  # type: ignore[operator]
+    file.write_bytes(pack(body))
     span = Span("jsonl", str(file), 0, None, file.stat().st_size)
     rows = list(rows_of_file(span, "text", Position()))
     assert sum(row.size for row in rows) == pytest.approx(span.bytes, rel=0.5)

@@ -31,7 +31,7 @@ def copied(info: Any, states: dict[str, Any], name: str, *more: Any) -> None:
             found[name] = found[name].clone()
 
 
-torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+torch.cuda.current_device = lambda: torch.device("cpu")
 init._init_device_handle = fsdp._init_device_handle = cpu_handle
 FlatParamHandle.to_cpu = lambda *_: contextlib.nullcontext()
 optim._unflatten_orig_param_states = copied

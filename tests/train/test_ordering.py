@@ -166,8 +166,8 @@ def test_a_position_far_out_is_found_at_once() -> None:
 
 def test_the_kind_of_the_numbers_asked_with_changes_nothing() -> None:
     """A key made of `np.int64(3)` would differ from one made of `3`, and between versions of numpy."""
-    plain, numpy = StreamOrder("s", [9, 9], 1), StreamOrder("s", np.array([9, 9]), np.int64(1))  # type: ignore[arg-type]
-    assert np.array_equal(plain.take(0, 20, 50), numpy.take(np.int64(0), np.int64(20), np.int64(50)))  # type: ignore[arg-type]
+    plain, numpy = StreamOrder("s", [9, 9], 1), StreamOrder("s", np.array([9, 9]), np.int64(1))
+    assert np.array_equal(plain.take(0, 20, 50), numpy.take(np.int64(0), np.int64(20), np.int64(50)))
 
 
 def test_the_digest_is_of_streams_and_blocks_in_order() -> None:

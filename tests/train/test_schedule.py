@@ -172,8 +172,8 @@ def plan_with(**changes: object) -> Plan:
         "proportions": shares({"a": 1}), "steps": 4, "size": 4, "stages": [Stage(0, 8)], "mode": "sequences",
         "lanes": 1, **changes,
     }  # fmt: skip
-    phase = Phase("p", values["steps"], values["proportions"], values["size"])  # type: ignore[arg-type]
-    return build_plan([phase], values["stages"], values["mode"], 8, values["lanes"])  # type: ignore[arg-type]
+    phase = Phase("p", values["steps"], values["proportions"], values["size"])
+    return build_plan([phase], values["stages"], values["mode"], 8, values["lanes"])
 
 
 @pytest.mark.parametrize(
