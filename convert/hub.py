@@ -35,6 +35,7 @@ OPENING = 4  # attempts at most before a source that never answered is passed ov
 _BUFFER = 1 << 20  # bytes
 _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 # What a set's card may ask of its format's reader and our readers do as well, or need not do.
+_CARDS = {"README.md", ".huggingface.yaml"}  # where a set's subsets and splits are named
 _OPTIONS = {
     "name",
     "version",
@@ -135,13 +136,24 @@ def _rows_of_arrow(span: Span, column: str | None, start: Position, file: Binary
 def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], Any, list[str]]:
     """(commit, size of each file, the builder `datasets` has for the set, the split's files)."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from yaml import YAMLError
 
     assert source.hub is not None
-    sha = HfApi().dataset_info(source.hub, revision=source.revision).sha
+    info = HfApi().dataset_info(source.hub, revision=source.revision)
+    sha = info.sha
+    for card in _CARDS.intersection(file.rfilename for file in info.siblings or ()):
+        # From here on in its cache: `datasets` (4.8) takes a card it cannot reach for one that is not there.
+        HfApi().hf_hub_download(source.hub, card, revision=sha, repo_type="dataset")
+    library = _library()
     try:
-        builder = _library().load_dataset_builder(source.hub, source.subset, revision=sha)
+        builder = library.load_dataset_builder(source.hub, source.subset, revision=sha)
+    except LocalEntryNotFoundError:  # a `ValueError` too, but the hub is out of reach
+        raise
     except ValueError as error:  # datasets' word for an unknown or missing subset; it lists those there are
         raise UserError(f"{where}: {source.hub}: subset {source.subset!r}: {one_line(error)}") from None
+    except (RuntimeError, YAMLError, library.data_files.EmptyDatasetError) as error:  # scripts alone, a broken card
+        raise CannotOpen(one_line(error)) from None
     found = builder.config.data_files or {}
     if source.split not in found:
         raise UserError(f"{where}: {source.hub} has no split `{source.split}`; it has {', '.join(found) or 'none'}")

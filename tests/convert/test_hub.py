@@ -402,6 +402,34 @@ def test_the_rows_are_those_of_load_dataset_streaming(
         assert ours == theirs, name
 
 
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_out_of_reach_is_not_taken_for_none(build: Builder, hub: HubServer, tmp_path: Path, card: str) -> None:
+    named = "configs:\n- config_name: default\n  data_files: a.jsonl\n"
+    texts = {name: builds.jsonl({"text": text} for text in builds.texts(45, 20)) for name in ("a.jsonl", "b.jsonl")}
+    hub.sets[f"uonlp/Card{card}"] = {card: (f"---\n{named}---\n" if card == "README.md" else named).encode(), **texts}
+    hub.unwell[card] = 1
+    error, said = build(settings_for(tmp_path, {"hub": f"uonlp/Card{card}"}))
+    assert error is None, said
+    assert "attempt 2 of 3" in said
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]["read"] == 20
+
+
+def test_sets_without_anything_to_read_are_passed_over_at_once(
+    build: Builder, hub: HubServer, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    hub.sets["uonlp/Script"] = {"Script.py": b"import datasets"}
+    hub.sets["uonlp/Soon"] = {"README.md": b"# Soon"}
+    hub.sets["uonlp/Broken"] = {"README.md": b"---\nconfigs: [{\n---\n", "a.jsonl": b"{}"}
+    sources = [{"hub": f"uonlp/{name}"} for name in ("Script", "Soon", "Broken")]
+    error, said = build(settings_for(tmp_path, *sources, IT))
+    assert error is None, said
+    assert "uonlp/Script passed over: Dataset scripts are no longer supported, but found Script.py" in said
+    assert re.search("uonlp/Soon passed over: .* doesn't contain any data files", said)
+    assert "uonlp/Broken passed over: while parsing a flow" in said
+    assert "attempt" not in said
+    assert shards(tmp_path / "out") == wanted
+
+
 def test_a_card_that_wants_its_files_read_in_another_way_is_refused(
     build: Builder, hub: HubServer, tmp_path: Path
 ) -> None:
