@@ -80,9 +80,8 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BufferedReader) -
         except csv.Error:
             value = Dropped("rejected", "unparseable")
         if size > LONG_LINE:
-            reader = csv.reader(
-                lines, delimiter=span.delimiter
-            )  # the last one keeps 4 bytes for each character of its longest field
+            # The last one keeps 4 bytes for each character of its longest field.
+            reader = csv.reader(lines, delimiter=span.delimiter)
         if number >= skip:
             raw = None if isinstance(value, Dropped) else value
             yield Row(value, raw, number, 0.0, Position(number + 1))

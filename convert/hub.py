@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -34,19 +35,8 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for 
 OPENING = 4  # attempts at most before a source that never answered is passed over
 _BUFFER = 1 << 20  # bytes
 _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-# What a set's card may ask of its format's reader and our readers do as well, or need not do.
-_CARDS = {"README.md", ".huggingface.yaml"}  # where a set's subsets and splits are named
-_OPTIONS = {
-    "name",
-    "version",
-    "data_dir",
-    "data_files",
-    "description",
-    "features",
-    "columns",
-    "batch_size",
-    "chunksize",
-}
+_CARDS = {"README.md", ".huggingface.yaml"}  # where a set's subsets, splits and readers' options are named
+_HARMLESS = {"features", "columns", "batch_size", "chunksize"}  # options that do not change the rows
 
 Result = TypeVar("Result")
 
@@ -193,11 +183,11 @@ def _delimiter(where: str, config: Any) -> str:
 
     Raises `UserError` where its card wants its files read in a way that would give other rows than our readers do.
     """
+    known = {field.name for field in fields(_library().BuilderConfig)} | _HARMLESS | {"sep", "delimiter"}
     usual = type(config)()
-    asked = {name: value for name, value in vars(config).items() if name not in _OPTIONS}
-    delimiter = asked.pop("sep", ",")
-    asked.pop("delimiter", None)
+    asked = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in known}
     other = {name: value for name, value in asked.items() if value != getattr(usual, name)}
+    delimiter = str(getattr(config, "sep", ","))
     if len(delimiter) != 1:
         other["sep"] = delimiter
     if other:
@@ -205,7 +195,7 @@ def _delimiter(where: str, config: Any) -> str:
             f"{where}: its card has its files read with {', '.join(f'{k}: {v!r}' for k, v in other.items())}, which "
             "is not supported: load it with `datasets`, write it as parquet and give that as `files`"
         )
-    return str(delimiter)
+    return delimiter
 
 
 def _path_in_set(file: str) -> str:
