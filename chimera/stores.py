@@ -98,6 +98,18 @@ def status_of(error: BaseException | None) -> int | None:
     return missing
 
 
+def seconds_asked(error: BaseException | None) -> float | None:
+    """How long the server behind an exception asks to wait (`Retry-After`), where it does."""
+    while error is not None:
+        response: Any = getattr(error, "response", None)
+        known = response.get("ResponseMetadata", {}).get("HTTPHeaders") if isinstance(response, dict) else None
+        for key, value in dict(known or getattr(response, "headers", None) or {}).items():
+            if key.lower() == "retry-after" and str(value).isdigit():
+                return float(value)
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def plain_uploads() -> None:
     """Have boto3 send no trailing checksum to servers other than Amazon's.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from chimera.cli import UserError, one_line, say
+from chimera.stores import seconds_asked
 from convert.columnar import column_ranges, open_parquet, parquet_rows
 from convert.documents import Dropped
 from convert.formats import is_text, rows_of_text
@@ -258,9 +259,8 @@ def _passing(error: Exception) -> bool:
 
 
 def _wait(what: str, error: Exception, attempt: int, retries: int) -> None:
-    response = _response(error)
-    asked = (response.headers.get("Retry-After") or "") if response is not None else ""
-    seconds = float(asked) if asked.isdigit() else min(LONGEST_WAIT, 2.0 ** (attempt - 1))
+    asked = seconds_asked(error)
+    seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
     say(f"{what}: {_say(error)}; attempt {attempt + 1} of {retries} in {seconds:g} s")
     time.sleep(seconds)
 

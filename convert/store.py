@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError, one_line, say
-from chimera.stores import HubUploader, download, plain_uploads, readable, send_whole, status_of
+from chimera.stores import HubUploader, download, plain_uploads, readable, seconds_asked, send_whole, status_of
 from convert.journal import SENT
 
-LONGEST_WAIT = 60.0  # seconds between two attempts
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless the store asks for more
 DOWNLOAD_SECONDS = 300.0  # to read one object back
 WAITING_SHARDS = 2  # files of a part that may wait for their upload
 
@@ -144,7 +144,8 @@ class Store:
                         f"{what} failed after {attempt} attempt{'s' if attempt > 1 else ''}: {said}: mend it and run "
                         "the same command again; it goes on where it stopped"
                     ) from None
-                seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1))
+                asked = seconds_asked(error)
+                seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
                 say(f"{what}: {said}; attempt {attempt + 1} of {self._retries} in {seconds:g} s")
                 time.sleep(seconds)
         raise AssertionError("unreachable")

@@ -1,5 +1,6 @@
 """Stores of other kinds than S3, spoken to by their real clients: build, build again, verify, read for training."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from hashlib import sha256
@@ -32,6 +33,15 @@ class Loopback:
         return {p.removeprefix(self._prefix): data for p, data in self._stored.items() if p.startswith(self._prefix)}
 
 
+@contextlib.contextmanager
+def hub_with_a_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer({SET: {"README.md": b"# Shards"}}) as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)  # as HF_ENDPOINT in a new process
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
 @pytest.fixture(params=["hf", "hf root", "dbfs", "alipan"])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Loopback]:
     remote.forget_clients()
@@ -49,10 +59,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
             assert not drive.unknown
     else:
         below = "" if request.param == "hf root" else "2026/en"
-        with HubServer({SET: {"README.md": b"# Shards"}}) as hub:
-            template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)  # as HF_ENDPOINT in a new process
-            monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with hub_with_a_set(monkeypatch) as hub:
             yield Loopback(f"hf://datasets/{SET}/{below}".rstrip("/"), hub.sets[SET], f"{below}/".lstrip("/"))
     remote.forget_clients()
 
@@ -105,6 +112,17 @@ def test_what_is_not_there_is_told_from_what_is_refused(
             remote.download(f"{store.url}/no/such.json", tmp_path / "file")
         with pytest.raises(UserError, match="after 1 attempt: "):
             Store(store.url, tmp_path / "other", retries=3).put(Path(__file__), "file")
+
+
+def test_the_hub_is_waited_for_as_long_as_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes 128 commits an hour, and says when the next."""
+    with hub_with_a_set(monkeypatch) as hub:
+        hub.instead["commit"] = [(429, {"Retry-After": "0"})] * 3
+        Store(f"hf://datasets/{SET}", tmp_path / "scratch", retries=4).put(Path(__file__), "file")
+        assert hub.sets[SET]["file"] == Path(__file__).read_bytes()
+    assert capsys.readouterr().err.count(" in 0 s") == 3
 
 
 def test_alipan_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

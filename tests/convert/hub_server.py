@@ -64,7 +64,7 @@ class HubServer(LoopbackServer):
         self.unknown: list[str] = []
         self.sent: Counter[str] = Counter()  # bytes of each path
         self.away: set[str] = set()  # sets at whose name the server resets the connection
-        self.unwell: Counter[str] = Counter()  # how many more times a path is answered 408
+        self.instead: dict[str, list[tuple[int, dict[str, str]]]] = {}  # a card's, or `commit`'s, next answers
         super().__init__(_Handler)
 
     def __exit__(self, *_: object) -> None:
@@ -126,6 +126,8 @@ class _Handler(LoopbackHandler):
                 200,
                 {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]},
             )
+        if rest.startswith("/commit/") and self.owner.instead.get("commit"):
+            return self._instead("commit")
         if rest.startswith("/commit/"):
             for line in map(json.loads, self.body.splitlines()):
                 if line["key"] == "file":
@@ -134,6 +136,10 @@ class _Handler(LoopbackHandler):
             return self.send_json(200, {"success": True, "commitOid": COMMIT, "commitUrl": url})
         self.owner.unknown.append(f"{self.command} {self.path}")
         return self._missing()
+
+    def _instead(self, what: str) -> None:
+        status, headers = self.owner.instead[what].pop(0)
+        self.send_json(status, {"error": "on demand"}, headers)
 
     @staticmethod
     def _entry(path: str, data: bytes) -> dict[str, Any]:
@@ -145,9 +151,8 @@ class _Handler(LoopbackHandler):
     def _resolve(self, name: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             return self._missing()
-        if self.owner.unwell[path] > 0:
-            self.owner.unwell[path] -= 1
-            return self.send_json(408, {"error": "on demand"})
+        if self.owner.instead.get(path):
+            return self._instead(path)
         data_file = not path.endswith(".md")
         allowed = self.headers.get("Authorization") == f"Bearer {self.owner.token}"
         if name in self.owner.gated and data_file and not allowed:

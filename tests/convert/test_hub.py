@@ -407,7 +407,7 @@ def test_a_card_out_of_reach_is_not_taken_for_none(build: Builder, hub: HubServe
     named = "configs:\n- config_name: default\n  data_files: a.jsonl\n"
     texts = {name: builds.jsonl({"text": text} for text in builds.texts(45, 20)) for name in ("a.jsonl", "b.jsonl")}
     hub.sets[f"uonlp/Card{card}"] = {card: (f"---\n{named}---\n" if card == "README.md" else named).encode(), **texts}
-    hub.unwell[card] = 1
+    hub.instead[card] = [(408, {})]
     error, said = build(settings_for(tmp_path, {"hub": f"uonlp/Card{card}"}))
     assert error is None, said
     assert "attempt 2 of 3" in said
