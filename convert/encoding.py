@@ -71,7 +71,7 @@ class Encoder:
         plain = {token.content: id_ for id_, token in added.items() if not token.special}
         try:
             self._fast = tiktoken_encoding(spec, plain, set(self.special_ids), self._tokenizer.model if prove else None)
-            self._found = self._fast.special_tokens_set
+            self._found = set(plain)
             self.path, self.reason = "tiktoken", "same merges and pre-tokens"
         except Unequal as error:
             self.path, self.reason = "tokenizers", str(error)

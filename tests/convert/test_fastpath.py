@@ -33,7 +33,7 @@ real = pytest.mark.skipif(not (REAL_DATA / "tokenizer").is_dir(), reason="the re
 
 # What web text can do to a tokenizer: special tokens, added words and pieces of both, spaces of all kinds, elisions.
 AWKWARD = [EOS, PAD, START, END, *ADDED, "endare", "cia", "o", "<|", "|>", "<|im_", "'s", "'ll", "'S", "’s", "-"]
-AWKWARD += [" ", "  ", "\n", "\r\n", "\t", "\xa0", "\u2003", "\u200d", "\ufeff", "\x7f"]
+AWKWARD += ["\0", " ", "  ", "\n", "\r\n", "\t", "\xa0", "\u2003", "\u200d", "\ufeff", "\x7f"]
 AWKWARD += ["1", "²", "Ⅷ", "é", "e\u0301", "🏳️‍🌈", "漢字", "ß"]
 texts = st.lists(st.sampled_from(AWKWARD) | st.text(max_size=6), max_size=12).map("".join)
 
@@ -72,6 +72,7 @@ def digits_then_bytes(individual: bool) -> dict[str, Any]:
 
 FAST = {
     "byte level": with_added(*ADDED),
+    "no added words": with_added(),
     "digits first, as in SmolLM": {**with_added(*ADDED), "pre_tokenizer": digits_then_bytes(individual=True)},
     "split as in Llama 3": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(LLAMA3)},
     "split that leaves gaps": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(r"\d|[aeiou ]{2,}")},
