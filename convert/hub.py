@@ -5,8 +5,10 @@ one file of the set; inside it rows are counted, and after a failure reading sta
 out. Beyond the few seconds the hub's client takes by itself all waiting is done here, bounded and with what the
 server asks for (`Retry-After`); the retries of `datasets`, which can sleep for half an hour, are set to one.
 
-Files are read from the hub's file system, parquet as local files are, and not through the scanners of `datasets`:
-those take several times the memory and read a file from its beginning each time.
+Files are read from the hub's file system, parquet as local files are, and not by the scanners behind `load_dataset(...,
+streaming=True)`: those take several times the memory (apache/arrow#39808, huggingface/datasets#7269), read a file from
+its beginning each time, and give up where waiting would do (huggingface/datasets#7440). `bench/hub.py` shows it on the
+pinned versions; the rows are the same ones (`test_hub.py`).
 """
 
 import errno

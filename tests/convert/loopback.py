@@ -1,6 +1,7 @@
 """What the tests' own servers share: HTTP on a free port of this machine for the time of a `with`."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
@@ -34,12 +35,19 @@ class LoopbackHandler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients that are killed end theirs so
+            super().handle_error(request, client_address)
+
+
 class LoopbackServer:
     """Serves from its making on; `handler` is the class of what answers."""
 
     def __init__(self, handler: type[LoopbackHandler]) -> None:
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"owner": self}))
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), type("Handler", (handler,), {"owner": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
