@@ -59,8 +59,10 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
         )
     retries = min(retries, OPENING)
     sha, sizes, builder, files = _attempts(lambda: _resolve(where, source), name, retries)
-    delimiter = _delimiter(f"{where}: {name}", builder.config)
-    spans = [Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0), delimiter) for file in files]
+    _check_options(f"{where}: {name}", builder.config)
+    spans = [
+        Span("hub", file, 0, None, sizes.get(_path_in_set(file), 0), _delimiter(file, builder.config)) for file in files
+    ]
     for span in spans:
         _kind(span.file)  # not to find after a night that the last of them cannot be read
     _attempts(lambda: _probe(where, name, spans[0], column), name, retries)
@@ -181,24 +183,24 @@ def _kind(file: str) -> str:
     return suffix[1:]
 
 
-def _delimiter(where: str, config: Any) -> str:
-    """The delimiter of a set's CSV files.
+def _delimiter(file: str, config: Any) -> str:
+    """The delimiter of a CSV file: what its set's card says, or its format's where the set counts as of another."""
+    return str(getattr(config, "sep", "\t" if ".tsv" in os.path.basename(file) else ","))
 
-    Raises `UserError` where its card wants its files read in a way that would give other rows than our readers do.
-    """
+
+def _check_options(where: str, config: Any) -> None:
+    """Raise `UserError` where a set's card wants its files read so that other rows come than our readers give."""
     known = {field.name for field in fields(_library().BuilderConfig)} | _HARMLESS | {"sep", "delimiter"}
     usual = type(config)()
     asked = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in known}
     other = {name: value for name, value in asked.items() if value != getattr(usual, name)}
-    delimiter = str(getattr(config, "sep", ","))
-    if len(delimiter) != 1:
+    if len(delimiter := _delimiter("", config)) != 1:
         other["sep"] = delimiter
     if other:
         raise UserError(
             f"{where}: its card has its files read with {', '.join(f'{k}: {v!r}' for k, v in other.items())}, which "
             "is not supported: load it with `datasets`, write it as parquet and give that as `files`"
         )
-    return delimiter
 
 
 def _path_in_set(file: str) -> str:

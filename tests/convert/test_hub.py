@@ -430,6 +430,17 @@ def test_sets_without_anything_to_read_are_passed_over_at_once(
     assert shards(tmp_path / "out") == wanted
 
 
+def test_a_subset_of_tsv_beside_one_of_jsonl_is_cut_at_tabs(build: Builder, hub: HubServer, tmp_path: Path) -> None:
+    """`datasets` takes the first subset's format for that of all."""
+    card = b"---\nconfigs:\n- config_name: en\n  data_files: a.jsonl\n- config_name: it\n  data_files: b.tsv\n---\n"
+    texts = [f"{builds.PROSE}, {i}" for i in range(20)]
+    hub.sets["uonlp/Two"] = {"README.md": card, "a.jsonl": b"{}\n", "b.tsv": "\n".join(["text", *texts]).encode()}
+    error, said = build(settings_for(tmp_path, {"hub": "uonlp/Two", "subset": "it"}))
+    assert error is None, said
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["rows"]
+    assert (rows["documents"], rows["rejected"]) == (20, {})
+
+
 def test_a_card_that_wants_its_files_read_in_another_way_is_refused(
     build: Builder, hub: HubServer, tmp_path: Path
 ) -> None:
