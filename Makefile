@@ -1,6 +1,8 @@
 # Two commands do everything: `make demo` and `make test`. Both set up .venv from the locked versions first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where Python is told to keep no bytecode (many CI images), each of the hundred processes below compiles torch anew: 10 s.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint chaos clean
 

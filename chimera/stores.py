@@ -11,8 +11,11 @@ from urllib.parse import urlsplit
 from chimera.cli import UserError
 
 URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/...`
-WRITABLE = re.compile(  # by streaming's uploaders; DBFS outside of volumes is left out: it replaces no file
-    r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?|alipan:///.+"
+PASSWORD = re.compile(r"[a-z][a-z0-9-]*:/+[^/@]*:[^/@]*@")
+# DBFS outside of volumes is left out: streaming's downloader asks for it where Databricks answers for volumes alone.
+WRITABLE = re.compile(
+    r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?"
+    r"|alipan:///.+|sftp://[^/]+/.+"
 )
 REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
     "UNAUTHENTICATED": 401,
@@ -24,7 +27,14 @@ REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
 
 
 def is_remote(place: str) -> bool:
-    """Whether `place` is a URL (`file://` too) rather than a path."""
+    """Whether `place` is a URL (`file://` too) rather than a path.
+
+    Raises `UserError` for one with a password, which logs and manifests would show.
+    """
+    if PASSWORD.match(place):
+        raise UserError(
+            "an address holds a password: take it out; docs/clusters.md says where credentials go (for sftp:// a key)"
+        )
     return URL.match(place) is not None
 
 
@@ -34,7 +44,7 @@ def check_writable(url: str) -> None:
         raise UserError(
             f"setting `output`: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
             "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, "
-            "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH, or alipan:///PATH"
+            "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH, alipan:///PATH, or sftp://USER@HOST/PATH"
         )
 
 
@@ -59,8 +69,42 @@ def readable(url: str) -> str:
     return url if place.scheme == "azure-dl" else f"azure://{account}/{place.netloc}{place.path}"
 
 
+def downloader(url: str) -> Any:
+    """A client to `download` with from where `url` is; raises `ValueError` where its settings are wrong."""
+    readable(url)  # or says what is missing
+    if url.startswith("sftp:"):
+        from chimera.sftp import SftpClient
+
+        return SftpClient(url)
+    from streaming.base.storage.download import CloudDownloader
+
+    return CloudDownloader.get(url)
+
+
+def uploader(root: str, local: Path) -> Any:
+    """What uploads files of the folder `local` to below `root`, by the interface of streaming's uploaders.
+
+    Raises `ValueError` or `KeyError` where its settings are wrong.
+    """
+    readable(root)  # or says what is missing
+    local.mkdir(parents=True, exist_ok=True)
+    if root.startswith("sftp:"):
+        from chimera.sftp import SftpClient
+
+        return SftpClient(root, str(local))
+    if root.startswith("hf:"):
+        return HubUploader(root, str(local))
+    from streaming.base.storage.upload import CloudUploader
+
+    plain_uploads()
+    found = CloudUploader.get((str(local), root), keep_local=True, retry=1, exist_ok=True)
+    if root.startswith("alipan:"):
+        send_whole(found.api)
+    return found
+
+
 def download(client: Any, url: str, to: Path, seconds: float) -> None:
-    """Have streaming's downloader `client` make `to` hold what is at `url`; nothing else at `to` while this runs.
+    """Have `client`, from `downloader`, make `to` hold what is at `url`; nothing else at `to` while this runs.
 
     Raises what the client does, and `OSError` where it says nothing; `seconds` without an answer are too many.
     """
@@ -90,6 +134,10 @@ def status_of(error: BaseException | None) -> int | None:
                 return int(str(found))
         if refusal := REFUSALS.get(str(getattr(error, "error_code", None))):
             return refusal
+        if any(kind.__name__ == "AuthenticationException" for kind in type(error).__mro__):
+            return 401  # paramiko's
+        if isinstance(error, PermissionError) and error.filename is None:
+            return 403  # paramiko's too; the system names a file
         if type(error).__name__ == "LocalEntryNotFoundError":
             return None  # the hub's client found nothing on this machine, for it could not ask the hub
         if isinstance(error, FileNotFoundError):

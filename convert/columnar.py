@@ -25,7 +25,9 @@ BATCH_ROWS = 16  # decoded at a time by Arrow,
 LONG_ROW = 16 << 10  # bytes: where rows are as long on average they are decoded one by one, and
 LARGE_BATCH = 16 << 20  # bytes: after a batch as large as well
 ARROW_BYTES = 64 << 20  # of a row group's columns: with more, it could need more memory than a worker has
+LARGEST_FOOTER = 32 << 20  # bytes: Arrow takes up to ten times as much for what a footer says
 _BUFFER = 1 << 20  # bytes of a parquet column read at a time
+_END = 1 << 16  # bytes of a file that Arrow reads first, to find the footer
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 
 
@@ -35,10 +37,21 @@ def conversation_columns(names: list[str]) -> list[str]:
     return found if "messages" in found or {"instruction", "output"} <= set(found) else []
 
 
-def open_parquet(file: Any) -> Any:
-    """A `pyarrow.parquet.ParquetFile` (of a path or an open file) that holds no more of a file than it must."""
+def open_parquet(name: str, file: BinaryIO) -> Any:
+    """A `pyarrow.parquet.ParquetFile` of an open file that holds no more of it than it must.
+
+    Raises `UserError` naming the file (`name`) where its footer alone takes more memory than a worker has.
+    """
     import pyarrow.parquet as pq
 
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
+    end = file.read(_END)
+    footer = int.from_bytes(end[-8:-4], "little")
+    if end.endswith(b"PAR1") and footer > LARGEST_FOOTER:
+        raise UserError(
+            f"{name}: its footer of {footer >> 20} MiB is too large for a worker's memory: write the file again with "
+            "larger row groups or fewer columns"
+        )
     return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
 
 

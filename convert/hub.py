@@ -110,7 +110,7 @@ def _rows(span: Span, column: str | None, start: Position, scratch: Path | None 
         if kind == "arrow":
             yield from _rows_of_arrow(span, column, start, file, below)
             return
-        with open_parquet(file) as parquet:
+        with open_parquet(span.file, file) as parquet:
             columns = check_columns(span.file, parquet.schema_arrow.names, column)
             ranges = column_ranges(parquet.metadata, columns)
             below.expect(ranges, len(ranges) // max(1, parquet.num_row_groups))
@@ -168,8 +168,8 @@ def _probe(where: str, name: str, span: Span, column: str | None) -> None:
     if kind == "text":
         next(_rows(span, column, Position()), None)
         return
-    with HubFile(span.file) as below, io.BufferedReader(below) as file:
-        schema = open_parquet(file).schema_arrow if kind == "parquet" else open_arrow(file).schema
+    with HubFile(span.file) as below, io.BufferedReader(below, _BUFFER) as file:
+        schema = open_parquet(span.file, file).schema_arrow if kind == "parquet" else open_arrow(file).schema
         check_columns(f"{where}: {name}", schema.names, column)
 
 

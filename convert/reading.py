@@ -70,7 +70,7 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
         if span.kind == "parquet":
             from convert.columnar import conversation_columns, open_parquet, parquet_rows
 
-            with open(span.file, "rb") as file, open_parquet(span.file) as parquet:
+            with open(span.file, "rb") as file, open_parquet(span.file, file) as parquet:
                 columns = [column] if column else conversation_columns(parquet.schema_arrow.names)
                 yield from parquet_rows(parquet, file, span, columns, start, scratch)
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chimera.cli import UserError, one_line, say
-from convert.columnar import column_bytes, conversation_columns
+from convert.columnar import column_bytes, conversation_columns, open_parquet
 from convert.reading import Position, Row, Span, rows_of_file
 from convert.settings import BuildSettings, SourceSettings, StreamSettings
 
@@ -155,10 +155,8 @@ def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, 
 
 
 def _row_groups(file: str, where: str, column: str | None) -> list[Span]:
-    import pyarrow.parquet as pq
-
     try:
-        with pq.ParquetFile(file) as parquet:
+        with open(file, "rb") as stream, open_parquet(f"{where}: {file}", stream) as parquet:
             meta, names = parquet.metadata, parquet.schema_arrow.names
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: {file} is no parquet file ({error}): mend or remove it") from None

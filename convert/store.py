@@ -1,7 +1,7 @@
 """An object store as the output: files go up through streaming's own uploaders and are read back and compared.
 
 Streaming can write to a dozen stores but neither ask one whether an object is there nor delete one, so existence is
-found by downloading, and deletion is offered where the client is boto3's (S3 and what speaks it).
+found by downloading, and deletion is offered where the client is boto3's (S3 and what speaks it) or our own.
 """
 
 import filecmp
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError, one_line, say
-from chimera.stores import HubUploader, download, plain_uploads, readable, seconds_asked, send_whole, status_of
+from chimera.stores import download, downloader, seconds_asked, status_of, uploader
 from convert.journal import SENT
 
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the store asks for more
@@ -59,19 +59,23 @@ class Store:
 
     @property
     def can_delete(self) -> bool:
-        return self._attempt(f"connection to {self._root}", lambda: hasattr(self._connected(), "s3"))
+        return self._attempt(f"connection to {self._root}", lambda: _deletes(self._connected()))
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there. Only where the store `can_delete`."""
-        place = urlsplit(f"{self._root}/{key}")
-        self._attempt(
-            f"removal of {self._root}/{key}",
-            lambda: self._connected().s3.delete_object(Bucket=place.netloc, Key=place.path.lstrip("/")),
-        )
+        self._attempt(f"removal of {self._root}/{key}", lambda: self._delete(key))
+
+    def _delete(self, key: str) -> None:
+        client = self._connected()
+        if hasattr(client, "s3"):
+            place = urlsplit(f"{self._root}/{key}")
+            client.s3.delete_object(Bucket=place.netloc, Key=place.path.lstrip("/"))
+        else:
+            client.delete_file(key)
 
     def _put(self, file: Path, key: str) -> None:
-        uploader = self._connected()
-        staged = Path(uploader.local) / key
+        client = self._connected()
+        staged = Path(client.local) / key
         staged.parent.mkdir(parents=True, exist_ok=True)
         staged.unlink(missing_ok=True)
         try:
@@ -80,7 +84,7 @@ class Store:
             shutil.copyfile(file, staged)
         back = self._scratch / "back"
         try:
-            uploader.upload_file(key)
+            client.upload_file(key)
             self._download(key, back)
             if not filecmp.cmp(file, back, shallow=False):
                 raise OSError("the store gave back other bytes than it was sent")
@@ -101,36 +105,23 @@ class Store:
             place.unlink(missing_ok=True)
 
     def _download(self, key: str, place: Path) -> None:
-        if self._downloader is None:
-            from streaming.base.storage.download import CloudDownloader
-
+        client = self._downloader
+        if client is None:
             try:
-                readable(self._root)  # or says what is missing
-                self._downloader = CloudDownloader.get(self._root)
+                client = self._downloader = downloader(self._root)
             except ValueError as error:
                 raise Refused(one_line(error)) from None
-        download(self._downloader, f"{self._root}/{key}", place, DOWNLOAD_SECONDS)
+        download(client, f"{self._root}/{key}", place, DOWNLOAD_SECONDS)
 
     def _connected(self) -> Any:
         """The uploader; made when first needed, since its import takes seconds."""
-        if self._uploader is None:
-            from streaming.base.storage.upload import CloudUploader
-
-            plain_uploads()
-            staging = self._scratch / "staging"
-            staging.mkdir(parents=True, exist_ok=True)
+        client = self._uploader
+        if client is None:
             try:
-                readable(self._root)  # or says what is missing
-                if self._root.startswith("hf:"):
-                    self._uploader = HubUploader(self._root, str(staging))
-                else:
-                    place = (str(staging), self._root)
-                    self._uploader = CloudUploader.get(place, keep_local=True, retry=1, exist_ok=True)
-                if self._root.startswith("alipan:"):
-                    send_whole(self._uploader.api)
+                client = self._uploader = uploader(self._root, self._scratch / "staging")
             except (KeyError, ValueError) as error:
                 raise Refused(one_line(error)) from None
-        return self._uploader
+        return client
 
     def _attempt(self, what: str, act: Callable[[], Result]) -> Result:
         for attempt in range(1, self._retries + 1):
@@ -148,7 +139,12 @@ class Store:
                 seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
                 say(f"{what}: {said}; attempt {attempt + 1} of {self._retries} in {seconds:g} s")
                 time.sleep(seconds)
+                self._uploader = self._downloader = None  # SFTP's do not connect again by themselves
         raise AssertionError("unreachable")
+
+
+def _deletes(client: Any) -> bool:
+    return hasattr(client, "s3") or hasattr(client, "delete_file")
 
 
 class Sender:

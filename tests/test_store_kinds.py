@@ -14,6 +14,7 @@ from convert import verify_shards
 from convert.store import Store
 from tests.convert import builds, drive_server
 from tests.convert.hub_server import HubServer
+from tests.convert.sftp_server import SftpServer
 from tests.convert.volumes_server import VolumesServer
 from tests.train.make_shards import plan_for
 from train import remote
@@ -25,11 +26,14 @@ SET, VOLUME = "me/shards", "/Volumes/main/default/chimera"
 class Loopback:
     """A store at `url`: `files` maps what is below it to bytes."""
 
-    def __init__(self, url: str, stored: dict[str, bytes], prefix: str) -> None:
+    def __init__(self, url: str, stored: dict[str, bytes] | Path, prefix: str = "") -> None:
         self.url, self._stored, self._prefix = url, stored, prefix
 
     @property
     def files(self) -> dict[str, bytes]:
+        if isinstance(self._stored, Path):
+            files = (path for path in self._stored.rglob("*") if path.is_file())
+            return {str(path.relative_to(self._stored)): path.read_bytes() for path in files}
         return {p.removeprefix(self._prefix): data for p, data in self._stored.items() if p.startswith(self._prefix)}
 
 
@@ -42,7 +46,7 @@ def hub_with_a_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield hub
 
 
-@pytest.fixture(params=["hf", "hf root", "dbfs", "alipan"])
+@pytest.fixture(params=["hf", "hf root", "dbfs", "alipan", "sftp"])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Loopback]:
     remote.forget_clients()
     if request.param == "dbfs":
@@ -57,6 +61,11 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
             monkeypatch.setenv("ALIPAN_WEB_REFRESH_TOKEN", drive_server.TOKEN)
             yield Loopback("alipan:///chimera/en it", drive.files, "/chimera/en it/")
             assert not drive.unknown
+    elif request.param == "sftp":
+        with SftpServer(tmp_path / "sftp") as sftp:
+            for key, value in sftp.environment.items():
+                monkeypatch.setenv(key, value)
+            yield Loopback(f"{sftp.url}/chimera/en it", sftp.root / "chimera" / "en it")
     else:
         below = "" if request.param == "hf root" else "2026/en"
         with hub_with_a_set(monkeypatch) as hub:
@@ -75,7 +84,8 @@ def test_a_store_holds_what_a_folder_would(store: Loopback, tmp_path: Path, caps
     settings["output"] = store.url
     builds.build_here(settings)
     held = {name: sha256(data).hexdigest() for name, data in store.files.items()}
-    assert held.pop("builder.json") == sha256(b"{}").hexdigest()  # such stores are not asked to remove it
+    if not store.url.startswith("sftp"):  # the others are not asked to remove it
+        assert held.pop("builder.json") == sha256(b"{}").hexdigest()
     held.pop("README.md", None)
     assert held == builds.tree(tmp_path / "local")
 
@@ -107,6 +117,7 @@ def test_what_is_not_there_is_told_from_what_is_refused(
     if not store.url.startswith("hf"):
         monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-wrong")
         monkeypatch.setenv("ALIPAN_WEB_REFRESH_TOKEN", "wrong")
+        monkeypatch.setenv("COMPOSER_SFTP_KEY_FILE", str(tmp_path / "sftp keys" / "stranger"))
         remote.forget_clients()
         with pytest.raises(OSError, match="access denied"):
             remote.download(f"{store.url}/no/such.json", tmp_path / "file")

@@ -10,7 +10,7 @@ from chimera.cli import one_line
 ATTEMPTS = 3
 TIMEOUT = 60.0  # seconds without an answer
 
-_clients = threading.local()  # downloaders of a thread by scheme: their clients are slow to make, and not shared
+_clients = threading.local()  # a thread's downloaders by scheme and host: slow to make, and not to be shared
 
 
 def download(url: str, to: Path) -> None:
@@ -18,17 +18,16 @@ def download(url: str, to: Path) -> None:
 
     A failure is tried again twice. The message never holds more than the backend's own words.
     """
-    scheme = url.partition(":")[0]
-    if scheme == "file":
+    if url.startswith("file:"):
         shutil.copyfile(url.removeprefix("file://"), to)
         return
-    from streaming.base.storage.download import CloudDownloader
-
+    host = "/".join(url.split("/", 3)[:3])
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            if not hasattr(_clients, scheme):
-                setattr(_clients, scheme, CloudDownloader.get(url))
-            stores.download(getattr(_clients, scheme), url, to, TIMEOUT)
+            clients = _clients.__dict__
+            if host not in clients:
+                clients[host] = stores.downloader(url)
+            stores.download(clients[host], url, to, TIMEOUT)
             return
         except Exception as error:  # every backend has its own kinds
             what = f"{type(error).__name__}: {one_line(error)[:300]}"

