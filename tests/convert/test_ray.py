@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from chimera.cli import UserError
 from convert import journal, ray_engine
@@ -18,7 +19,6 @@ from convert.engine import Event, Task
 from convert.settings import BuildSettings
 from tests.convert import builds
 
-ray = pytest.importorskip("ray")
 PART = 500_000  # bytes: about a second, that no part ends while its node dies
 PATIENCE = 240  # seconds for a worker of Ray's to begin: it imports for long where the machine is busy
 
