@@ -61,8 +61,8 @@ def build(settings: Any) -> None:
     if not settings.remote and not work.exists() and planning.finished(settings, output, digest):
         return  # which needs no permission to write there
     work.mkdir(parents=True, exist_ok=True)
-    with journal.locked(work / "lock", wait=False) as free:
-        if not free:
+    with journal.locked(work / "lock", wait=False) as free, output.held() as alone:
+        if not (free and alone):
             raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
         try:
             if planning.finished(settings, output, digest):

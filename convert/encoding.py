@@ -47,7 +47,8 @@ class Encoder:
             unmarked = [t for t in spec.get("added_tokens") or [] if t["content"] in control and not t["special"]]
             for token in unmarked:
                 token["special"] = True
-            self._tokenizer = Tokenizer.from_str(json.dumps(spec) if unmarked else raw.decode())
+            random = spec["model"].pop("dropout", None)  # which would give a text other ids each time
+            self._tokenizer = Tokenizer.from_str(json.dumps(spec) if unmarked or random else raw.decode())
         except Exception as error:  # `tokenizers` raises a bare Exception
             raise UserError(f"{origin}: not readable as a tokenizer: {error}") from None
         self._tokenizer.encode_special_tokens = True  # in its words: do not find special tokens, encode their text
@@ -75,6 +76,8 @@ class Encoder:
             self.path, self.reason = "tiktoken", "same merges and pre-tokens"
         except Unequal as error:
             self.path, self.reason = "tokenizers", str(error)
+            if not self._same_in_pieces():
+                self.reason += "; texts above 128 KiB are encoded in pieces, each as a text of its own"
 
     @classmethod
     def from_settings(cls, settings: "TokenizerSettings", path: str | None = None) -> "Encoder":
@@ -100,7 +103,7 @@ class Encoder:
         """Keep the fast path only if it gives the ids of `tokenizers` on `texts`, the head of a stream's source."""
         if self._fast is None:
             return
-        if not same_character_classes():
+        if not same_character_classes(self._fast._pat_str):
             self._leave_fast_path("the two libraries' Unicode tables differ")
             return
         if not all(map(np.array_equal, self._encode_texts(texts), self._encode_slowly(texts))):
@@ -172,6 +175,11 @@ class Encoder:
                         f"{origin}: encodes the plain text {token!r} as a special token, so that text could end a "
                         "document: use a byte-level BPE tokenizer (convert/train_tokenizer.py makes one)"
                     )
+
+    def _same_in_pieces(self) -> bool:
+        """Whether a text cut as `documents.chunks` does has the ids of the whole."""
+        whole, *pieces = self._encode_slowly(["one two three", "one two", " three"])
+        return np.array_equal(whole, np.concatenate(pieces))
 
     def _leave_fast_path(self, reason: str) -> None:
         self._fast, self._found = None, set()

@@ -74,7 +74,10 @@ def failure(error: BaseException, work: Path) -> Exception:
     return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
 
 
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_MENDABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 def disk_trouble(error: OSError, where: Path) -> UserError | None:

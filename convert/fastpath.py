@@ -8,6 +8,7 @@ proof is about what surrounds the merges: normalizer, pre-tokenizer, and how add
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,14 @@ BYTE_LEVEL = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+
 # `Digits` cuts out every number character first (the tokenizers of StarCoder and SmolLM): none joins its neighbours,
 # and white space before one is as at the end of the text.
 DIGITS_THEN_BYTE_LEVEL = r"(?:\p{N}|'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|[^\s\p{L}\p{N}]+))|\s+(?![^\s\p{N}])|\s"
+
+
+# What of a `Split`'s regex both engines (Oniguruma as Ruby has it, fancy-regex) read alike: alternatives of single
+# characters, classes without classes in them, and these once quantified. Not `\w`, `.`, `^`, `{1,3}+` and the like.
+_ESCAPE = r"\\[pP]\{\w+\}|\\[rntsSd]|\\[^\w\s]"
+_CLASS = rf"\[\^?(?:{_ESCAPE}|(?!--|&&|~~)[^\\\[\]])+\]"
+_ONE = rf"(?:{_ESCAPE}|{_CLASS}|\(\?i:[a-z'|\[\]]+\)|[^\\\[\](){{}}*+?.^$|]|\))(?:[?*+]|\{{\d+(?:,\d*)?\}})?(?![?*+{{])"
+_COMMON = re.compile(rf"(?:{_ONE}|\||\(\?[:!])+")
 
 
 class Unequal(Exception):
@@ -109,9 +118,23 @@ def _pattern(spec: Mapping[str, Any]) -> str:
     regex = (split.get("pattern") or {}).get("Regex")
     simple = split.get("behavior") == "Isolated" and not split.get("invert")
     if len(steps) == 2 and split.get("type") == "Split" and regex and simple and not last.get("use_regex", True):
+        if not _COMMON.fullmatch(regex):
+            raise Unequal("the two libraries may read the pre-tokenizer's regex differently")
+        if _matches_nothing(regex):
+            raise Unequal("the pre-tokenizer's regex matches the empty text")
         # text between matches is a pre-token to `tokenizers`; tiktoken would drop it
         return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"
     raise Unequal("the pre-tokenizer is not ByteLevel, alone or after one Split or Digits")
+
+
+def _matches_nothing(pattern: str) -> bool:
+    """Whether a pattern of `_COMMON` may match no character: then it does so at the end of a text."""
+    import regex
+
+    try:
+        return regex.fullmatch(pattern, "") is not None
+    except regex.error:
+        raise Unequal("the pre-tokenizer's regex is not understood") from None
 
 
 def _made(model: Mapping[str, Any]) -> dict[str, int]:
@@ -154,9 +177,9 @@ def byte_characters() -> dict[int, str]:
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
-@lru_cache(maxsize=1)
-def same_character_classes() -> bool:
-    """Whether both libraries' regex engines agree, for every character, on what is a letter, a number and a space.
+@lru_cache(maxsize=2)
+def same_character_classes(pattern: str) -> bool:
+    """Whether both libraries' regex engines agree, for every character, on the classes that `pattern` names.
 
     Their Unicode tables come from different sources and may differ between versions. All assigned characters lie in
     planes 0 to 3 and the first of plane 14; above are private ones. Takes half a second.
@@ -166,9 +189,14 @@ def same_character_classes() -> bool:
 
     bytes_only = {bytes([byte]): byte for byte in range(256)}
     text = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000))))
-    for regex in (r"\p{L}+", r"\p{N}+", r"\s+"):
-        theirs = Split(Regex(regex), "removed", invert=True).pre_tokenize_str(text)
-        ours = _encoding(regex, bytes_only, {}).encode_to_numpy(text, disallowed_special=()).astype("uint8")
+    names = {rf"\p{name}" for name in re.findall(r"\\[pP](\{\w+\})", pattern)}
+    for regex in sorted({r"\s+", *(f"{name}+" for name in names), *([r"\d+"] if r"\d" in pattern else [])}):
+        try:
+            theirs_of, ours_of = Regex(regex), _encoding(regex, bytes_only, {})
+        except Exception:  # one of them does not know the class; `tokenizers` raises no kind of its own
+            return False
+        theirs = Split(theirs_of, "removed", invert=True).pre_tokenize_str(text)
+        ours = ours_of.encode_to_numpy(text, disallowed_special=()).astype("uint8")
         if "".join(piece for piece, _ in theirs) != ours.tobytes().decode("utf-8"):
             return False
     return True

@@ -1,9 +1,12 @@
 """Where a build ends up: a folder or an object store. Both take finished shards, small files, then the manifest."""
 
+import contextlib
+import fcntl
 import json
+import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +21,10 @@ CLAIM = "builder.json"  # while a build writes to a store: who it is
 
 class Output(Protocol):
     name: str
+
+    def held(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep other builders of this machine out meanwhile; gives whether there was none."""
+        ...
 
     def read(self, key: str) -> bytes | None:
         """A small file of the output, or `None`."""
@@ -65,10 +72,30 @@ def open_output(settings: BuildSettings) -> Output:
 
 
 class FolderOutput:
-    """A local folder. The lock of its work folder keeps other builders out, so there is nothing to claim."""
+    """A local folder. A lock on it (`held`) keeps other builders out, so there is nothing to claim."""
 
     def __init__(self, name: str) -> None:
         self.name, self._root = name, Path(name)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Hold the folder against builders with another `work`, for which its own lock says nothing."""
+        new = not self._root.exists()
+        self._root.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self._root, os.O_RDONLY)
+        alone = True
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except OSError:
+            pass  # a file system without locks on folders (NFS): the work folder's must do
+        try:
+            yield alone
+        finally:
+            os.close(folder)
+            if new and not any(self._root.iterdir()):  # nothing has begun
+                self._root.rmdir()
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -131,6 +158,9 @@ class StoreOutput:
         self.name = name
         self._work = work
         self._store = Store(name, work / "publishing", retries)
+
+    def held(self) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(True)  # `claim` does it
 
     def read(self, key: str) -> bytes | None:
         return self._store.get(key)

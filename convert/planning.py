@@ -110,7 +110,9 @@ def changes(old: Json, settings: BuildSettings, digest: str) -> list[str]:
         source = stream["source"]
         found += [f"the size of {file}" for file in changed_files(source["describe"])]
         now = settings.streams[name].sources[source["index"]] if not found else None
-        found += [f"streams.{name} has {file} now" for file in (added_files(source["describe"], now) if now else ())]
+        found += [
+            f"streams.{name} has {file} now" for file in (added_files(source["describe"], now, settings) if now else ())
+        ]
     return found
 
 

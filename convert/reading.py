@@ -76,7 +76,7 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
         else:
             with open(span.file, "rb") as file:
                 yield from jsonl_rows(span, start, file)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk's own troubles keep their name
         raise UserError(f"{span.file} cannot be read to its end: {error}: mend or remove the file") from error

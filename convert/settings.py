@@ -154,6 +154,8 @@ def _check_build(settings: BuildSettings) -> None:
     for key, value in (("output", settings.output), ("tokenizer.path", settings.tokenizer.path)):
         if value in (MISSING, ""):
             raise UserError(f"setting `{key}` is missing")
+        if value.startswith("~") or "\0" in value:
+            raise UserError(f"{key}: {value!r} must be a path as it is, without ~ or a NUL")
     if settings.remote:
         check_writable(settings.output)
     if not settings.streams:
@@ -161,6 +163,8 @@ def _check_build(settings: BuildSettings) -> None:
     _positive("block_len", settings.block_len)
     if settings.block_len % 8:
         raise UserError(f"block_len: {settings.block_len} must be a multiple of 8")
+    if settings.block_len >= 1 << 28:
+        raise UserError(f"block_len: {settings.block_len} must be below 268435456 (MDS offsets are 32 bits)")
     for key in ("shard_bytes", "part_bytes", "retries"):
         _positive(key, getattr(settings, key))
     if settings.part_bytes < 1024:

@@ -74,7 +74,7 @@ def _open(name: str, stream: StreamSettings, source: SourceSettings, build: Buil
 
         describe, spans = open_hub(f"streams.{name}", source, _column(stream, source), build.retries)
         return describe, [Part((span,)) for span in spans]
-    files = _expand(source.files)
+    files = _expand(source.files, build)
     spans = [span for file in files for span in _cut(file, f"streams.{name}", stream, source, build.part_bytes)]
     describe = {"files": [{"path": file, "bytes": os.path.getsize(file)} for file in files]}
     return describe, _group(spans, build.part_bytes)
@@ -111,7 +111,7 @@ def changed_files(describe: Json) -> list[str]:
     ]
 
 
-def added_files(describe: Json, source: SourceSettings) -> list[str]:
+def added_files(describe: Json, source: SourceSettings, build: BuildSettings) -> list[str]:
     """Local files that a source's patterns find now and did not when it was described.
 
     None where all of its files are gone: a finished build does not need them any more.
@@ -120,26 +120,34 @@ def added_files(describe: Json, source: SourceSettings) -> list[str]:
     if not any(map(os.path.exists, known)):
         return []
     with contextlib.suppress(CannotOpen):
-        return [file for file in _expand(source.files) if os.path.realpath(file) not in known]
+        return [file for file in _expand(source.files, build) if os.path.realpath(file) not in known]
     return []
 
 
-def _expand(patterns: list[str]) -> list[str]:
-    """The files of paths and globs in the order given, a glob's sorted, each file once."""
+def _expand(patterns: list[str], build: BuildSettings) -> list[str]:
+    """The files of paths and globs in the order given, a glob's sorted, each file once; not what the build writes."""
     files: dict[str, str] = {}  # by their real path: one file may be reached in several ways
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        found = [file for file in found if os.path.isfile(file)]
+        found = [file for file in found if os.path.isfile(file) and not _is_ours(file, build)]
         if not found:
             raise CannotOpen(f"no file at {pattern}")
         for file in found:
             files.setdefault(os.path.realpath(file), file)
     for file in files.values():
+        if not file.isascii() and file != file.encode("utf-8", "replace").decode():
+            raise UserError(f"{os.fsencode(file)!r}: the file's name is not UTF-8: rename it")
         if not file.endswith(FILE_KINDS):
             raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(FILE_KINDS)})")
         if not os.access(file, os.R_OK):
             raise CannotOpen(f"no permission to read {file}")
     return list(files.values())
+
+
+def _is_ours(file: str, build: BuildSettings) -> bool:
+    """Whether a file is one of those that the build itself writes, which a glob may find on a rerun."""
+    folders = [build.work_folder, *([] if build.remote else [Path(build.output) / "rejects"])]
+    return any(Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, part_bytes: int) -> list[Span]:
@@ -170,6 +178,8 @@ def _row_groups(file: str, where: str, column: str | None) -> list[Span]:
 
 def check_columns(where: str, names: list[str], column: str | None) -> list[str]:
     """The columns to read of those there are; `UserError` naming `where` when they do not suffice."""
+    if twice := [name for name in ([column] if column else names) if names.count(name) > 1]:
+        raise UserError(f"{where} has more than one column `{twice[0]}`: rename one")
     if column is not None and column not in names:
         raise UserError(f"{where} has no column `{column}`: set `column` to one of {', '.join(names)}")
     wanted = [column] if column is not None else conversation_columns(names)

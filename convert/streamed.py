@@ -33,6 +33,12 @@ def streamed_rows(
     for i in range(meta.num_columns):
         schema = meta.schema.column(i)
         for name in filter(functools.partial(is_of, schema.path), columns):
+            if any(
+                is_of(schema.path, other)
+                for other in parquet.schema_arrow.names
+                if is_of(other, name) and other != name
+            ):
+                continue  # of a column that is called `NAME.more`
             leaves[name].append(Leaf(file, meta.row_group(group).column(i), schema, scratch))
     found = {name: _column(parquet.schema_arrow.field(name), leaves[name], skip) for name in columns}
     return _rows(found, meta.row_group(group).num_rows - skip)

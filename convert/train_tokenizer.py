@@ -127,6 +127,13 @@ def main(argv: Sequence[str]) -> int:
     _, path, overrides = parse(parser, argv, "yamls/shards.yaml")
     settings = load_settings(TrainingSettings, path, overrides)
     check(settings)
+    for key, least, most in (
+        ("vocab_size", 1, 1 << 24),
+        ("min_frequency", 0, 1 << 60),
+        ("chars_per_stream", 1, 1 << 60),
+    ):
+        if not least <= getattr(settings, key) <= most:
+            raise UserError(f"{key}: {getattr(settings, key)} must be from {least} to {most}")
     if target(settings).exists() and not settings.overwrite:
         raise UserError(f"{target(settings)} exists: add overwrite=true to replace it (shards made with it go stale)")
     tokenizer = train(settings)

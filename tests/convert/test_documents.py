@@ -46,7 +46,18 @@ def test_a_long_line_of_more_values_than_fit_memory_is_rejected_unparsed() -> No
     assert parse_line(marks[:-1] + b', "x": [' + b"[]," * 600_000 + b"0]}") == rejected("too_many_values")
 
 
-ESCAPES = [r"\udc80", r"\udcc3\udca9", r"\ud83d\ude00", r"\ud83d\udc80", r"\\udc80", r"\\\uDCA9", r"\u00e9", r"\ud800"]
+ESCAPES = [
+    r"\udc80\udc00",
+    r"\udc00",
+    r"\udc80",
+    r"\udcc3\udca9",
+    r"\ud83d\ude00",
+    r"\ud83d\udc80",
+    r"\\udc80",
+    r"\\\uDCA9",
+    r"\u00e9",
+    r"\ud800",
+]
 TROUBLE = st.sampled_from(
     ["è", "東", "😀", "\\", '"', "n", "u00e9", "ud83d", "udcc3", "udca9", "\ud800", "\0", *ESCAPES]
 )

@@ -122,6 +122,19 @@ def test_tokenizers_that_are_refused(raw: bytes, eos: str, pad: str, message: st
         Encoder(raw, eos, pad, "x.json")
 
 
+def test_a_model_that_drops_merges_at_random_does_not_here() -> None:
+    dropping = json.loads(spec())
+    dropping["model"]["dropout"] = 0.5
+    assert ids_of(encoder(dropping), "Il gatto dorme.") == ids_of(encoder(json.loads(spec())), "Il gatto dorme.")
+
+
+def test_a_tokenizer_that_marks_where_a_text_begins_says_so() -> None:
+    marking = json.loads(spec())
+    assert "in pieces" not in slow_encoder(marking).reason
+    marking["normalizer"] = {"type": "Prepend", "prepend": "x"}
+    assert "texts above 128 KiB are encoded in pieces" in encoder(marking).reason
+
+
 def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer.path: .*train_tokenizer.py"):
         Encoder.from_settings(TokenizerSettings(str(tmp_path)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from convert.documents import Document
 from convert.encoding import Encoder
-from convert.fastpath import same_character_classes
+from convert.fastpath import BYTE_LEVEL, same_character_classes
 from convert.settings import TokenizerSettings
 from tests.convert.small_tokenizer import (
     ADDED,
@@ -120,7 +120,44 @@ def test_the_real_tokenizer_gives_equal_ids_on_awkward_text(text: str) -> None:
 
 
 def test_both_libraries_class_all_characters_alike() -> None:
-    assert same_character_classes()
+    assert same_character_classes(BYTE_LEVEL)
+    assert same_character_classes(r"\p{Lu}|\p{Ll}|\p{Lt}|\p{Lm}|\p{Lo}|\p{M}|\d")
+    assert not same_character_classes(r"\p{InBasic_Latin}")  # one of them does not know
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("regex", [LLAMA_3, LLAMA_3.replace("{1,3}", ""), O200K])
+def test_the_regexes_in_use_take_the_fast_path(regex: str) -> None:
+    enc = encoder(changed(pre_tokenizer=split_then_bytes(regex)))
+    enc.verify_sample(["m² e km³, 'S 2024\u2028 ſ’s"])
+    assert enc.path == "tiktoken", enc.reason
+
+
+@pytest.mark.parametrize(
+    ("regex", "reason"),
+    [
+        (r"\w+|[^\w\s]+|\s+", "differently"),  # ² is of `\w` to one of them
+        (r"\p{N}{1,3}+|\p{L}++|\s+", "differently"),  # possessive, or repeated
+        (r"[[:alpha:]]+|\s+", "differently"),
+        (r"^.*$", "differently"),
+        (r"(?=(\d{3})+(?!\d))|\p{L}+", "differently"),
+        (r"\p{L}*", "empty text"),
+    ],
+)
+def test_a_regex_that_could_be_read_otherwise_takes_the_slow_path(regex: str, reason: str) -> None:
+    enc = encoder(changed(pre_tokenizer=split_then_bytes(regex)))
+    assert enc.path == "tokenizers"
+    assert reason in enc.reason
 
 
 def test_digits_are_cut_out_where_the_regex_finds_a_number() -> None:

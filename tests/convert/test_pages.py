@@ -259,3 +259,19 @@ def test_a_footer_too_large_for_memory_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(columnar, "LARGEST_FOOTER", 10_000)
     with pytest.raises(UserError, match=r"streams\.s: .*a\.parquet: its footer of 0 MiB is too large"):
         builds.build_here(settings)
+
+
+def test_a_column_that_is_called_as_if_within_another_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    said = [[{"role": "user", "content": "right"}]]
+    wrong = {"text.raw": ["wrong"], "messages.meta": [{"role": "wrong"}]}
+    pq.write_table(pa.table({**wrong, "text": ["right"], "messages": said}), tmp_path / "a.parquet")
+    for limit in (columnar.ARROW_BYTES, 0):
+        monkeypatch.setattr(columnar, "ARROW_BYTES", limit)
+        for column, value in (("text", {"text": b"right"}), (None, {"messages": as_bytes(said[0])})):
+            (row,) = rows_of_file(Span("parquet", str(tmp_path / "a.parquet"), 0, None, 1), column, Position())
+            assert row.value == value

@@ -81,6 +81,8 @@ def test_an_existing_tokenizer_is_replaced_only_when_told(config: Path, tmp_path
         (["streams.text.min_chars=1000"], "streams.text: its source holds no usable document"),
         (["streams.text.sources.0.files=[nowhere.jsonl]"], "no file at nowhere.jsonl"),
         (["vocabsize=300"], "vocabsize"),
+        (["min_frequency=-1"], "min_frequency: -1 must be from 0 to"),
+        (["chars_per_stream=0"], "chars_per_stream: 0 must be from 1 to"),
     ],
 )
 def test_mistakes_are_named(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

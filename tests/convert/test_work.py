@@ -160,3 +160,77 @@ def test_only_a_closed_stdout_makes_a_broken_pipe_a_good_end(code: str, status: 
         said = process.stderr.read().decode()
         assert process.wait() == status, said
         assert ("BrokenPipeError" in said) == bool(status)
+
+
+def test_a_second_builder_with_another_work_folder_is_refused(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(sources, tmp_path / "out")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out")
+    other = {**settings, "output": str(link), "work": str(tmp_path / "work"), "block_len": 32}
+
+    class Meanwhile(builds.Inline):
+        def start(self, task: Any) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(builds, "Inline", _Stop)
+                with pytest.raises(UserError, match="another builder is writing"):
+                    builds.build_here(other)
+            super().start(task)
+
+    monkeypatch.setattr(builds, "Inline", Meanwhile)
+    assert builds.build_here(settings)["block_len"] == 64
+
+
+def test_what_a_build_writes_is_no_source_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(builds.jsonl({"text": text} for text in builds.texts(1, 50)) + b"{broken\n")
+    settings = settings_for(tmp_path, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/**/*.jsonl*"]}]}}
+    builds.build_here(settings)
+    tree = builds.tree(tmp_path / "out")
+    assert "rejects/s.jsonl.zst" in tree
+    builds.build_here(settings)
+    assert "is finished: nothing to do" in capsys.readouterr().err
+    builds.build_here({**settings, "rebuild": True, "shard_bytes": 5000})
+    assert builds.tree(tmp_path / "out").keys() >= tree.keys() - {"manifest.json"}
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "in")
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.jsonl", "wb") as file:
+        file.write(builds.jsonl([{"text": builds.PROSE}]))
+    settings = settings_for(tmp_path, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/in/*.jsonl"]}]}}
+    with pytest.raises(UserError, match=r"caf.xe9.jsonl'?: the file's name is not UTF-8: rename it"):
+        builds.build_here(settings)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    settings = settings_for(tmp_path, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [f"{tmp_path}/a.parquet"]}]}}
+    with pytest.raises(UserError, match=r"a\.parquet has more than one column `text`: rename one"):
+        builds.build_here(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"output": "~/shards"}, "output: '~/shards' must be a path as it is"),
+        ({"output": "a\0b"}, "must be a path as it is"),
+        ({"block_len": 1 << 33}, "must be below 268435456"),
+    ],
+)
+def test_settings_that_no_build_can_have(sources: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        builds.build_here(settings_for(sources, tmp_path / "out") | change)
+
+
+def test_an_output_that_cannot_be_made_is_one_line(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for output, said in ((tmp_path / "dangling", "File exists"), (tmp_path / ("x" * 300), "File name too long")):
+        code, text = builds.run(settings_for(sources, output), tmp_path)
+        assert (code, "Traceback" in text, said in text) == (2, False, True), text
