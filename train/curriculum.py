@@ -42,7 +42,7 @@ class Curriculum(Callback):
         self.plan = plan
         self.marks = marks
         self.microbatch_tokens = microbatch_tokens
-        self.seq_len = self.graphs = 0
+        self.seq_len = self.sequences = self.graphs = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Before the first step: documents are told apart, and the longest stage ahead fits into memory."""
@@ -76,12 +76,13 @@ class Curriculum(Callback):
         if (cut := cut_tokens(batch, self.marks.pad_id)) > 0:
             logger.log_metrics({"data/tokens_parted_from_their_document": cut})
         state.batch = view_sequences(batch, self.marks)
-        if info.seq_len != self.seq_len:
+        # Also where a phase changes the batch alone: a run resumed in it must cut it as one that came to it does.
+        if (info.seq_len, info.sequences) != (self.seq_len, self.sequences):
             size = self._microbatch(info.seq_len, info.sequences)
             if self.microbatch_tokens is None and self.seq_len:  # what Composer found fits; go on from there
                 size = max(1, min(size, int(state.device_train_microbatch_size or size) * self.seq_len // info.seq_len))
             state.device_train_microbatch_size = size
-            self.seq_len = info.seq_len
+            self.seq_len, self.sequences = info.seq_len, info.sequences
             if dist.get_global_rank() == 0:
                 say(
                     f"step {info.step}: phase {info.phase}, sequences of {info.seq_len} tokens, "

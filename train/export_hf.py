@@ -56,7 +56,7 @@ def export(checkpoint: Path, out: Path, dtype: str = "float32") -> None:
 
     state = read_checkpoint(checkpoint)
     about = state["callbacks"]["About"]["about"]
-    model = build(about, state["model"]).to(getattr(torch, dtype))
+    model = build(about, state["model"], getattr(torch, dtype))
     model.save_pretrained(out)
     tokenizer = save_tokenizer(about, out)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
@@ -95,13 +95,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return {**state, "callbacks": callbacks}
 
 
-def build(about: dict[str, Any], weights: dict[str, Any]) -> Any:
-    """The `transformers` model with the checkpoint's weights."""
+def build(about: dict[str, Any], weights: dict[str, Any], dtype: Any) -> Any:
+    """The `transformers` model with the checkpoint's weights in `dtype`.
+
+    Made in `dtype` and not cast to it: that would cast the rotary frequencies too, which `transformers` keeps float32.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = json.loads(about["model_config"])
     config = AutoConfig.for_model(options.pop("model_type"), **options)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     return model.eval()
 

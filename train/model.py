@@ -190,7 +190,7 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
                     **options,
                 },
             )
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, torch_dtype=torch.float32)
     except UserError:
         raise
     except Exception as error:  # whatever sizes that do not fit together raise

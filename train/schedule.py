@@ -276,8 +276,13 @@ def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_le
     if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
         raise ScheduleError(f"curriculum stages begin at steps {starts}: the first must be 0 and each later")
     for stage in stages:
-        if stage.seq_len < 1 or block_len % stage.seq_len:
-            fits = divisors(block_len)
+        if stage.seq_len < 2:
+            raise ScheduleError(
+                f"stage from step {stage.from_step}: sequences of {stage.seq_len} tokens train nothing: a token is "
+                "predicted from those before it, so at least 2 are needed"
+            )
+        if block_len % stage.seq_len:
+            fits = [n for n in divisors(block_len) if n > 1]
             place = bisect_right(fits, stage.seq_len)
             near = fits[max(0, place - 1) : place + 1]
             raise ScheduleError(

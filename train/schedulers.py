@@ -29,7 +29,7 @@ def multiplier(settings: SchedulerSettings, steps: int, step: int) -> float:
     start = settings.warmup_steps if settings.name == "cosine" else steps - settings.decay_steps
     if step < start:
         return 1.0
-    way = min(1.0, (step - start) / max(1, steps - 1 - start))
+    way = (step - start) / (steps - 1 - start) if start < steps - 1 else 1.0  # a decay of one step is at the end
     if settings.name == "cosine":
         way = (1 - math.cos(math.pi * way)) / 2
     return 1.0 - (1.0 - settings.final) * way

@@ -53,6 +53,18 @@ def test_a_checkpoint_loads_in_transformers_with_the_same_logits(overrides, tmp_
         main([str(tmp_path / "run" / "latest-rank0.pt"), str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_is_exported_in_half_precision(overrides, tmp_path, dtype):
+    from transformers import AutoModelForCausalLM
+
+    train(overrides("run", "max_duration=1ba"))
+    assert main([str(tmp_path / "run/latest-rank0.pt"), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
+    weights = weights_of(tmp_path / "run", 1)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.{name}"].to(getattr(torch, dtype))), name
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         main([str(tmp_path / "none.pt"), str(tmp_path / "out")])

@@ -171,6 +171,10 @@ def test_a_wrong_model_setting_is_named(change, message):
         tiny(**change)
 
 
+def test_weights_are_float32_whatever_the_configuration_says():
+    assert {p.dtype for p in tiny(torch_dtype="bfloat16").parameters()} == {torch.float32}
+
+
 def test_a_model_is_read_from_a_local_folder_and_its_vocabulary_grown(tmp_path):
     first = tiny()
     first.model.save_pretrained(tmp_path)

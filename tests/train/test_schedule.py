@@ -28,7 +28,7 @@ def plans(draw: st.DrawFn, max_steps: int = 12) -> Plan:
     """Random small plans: rational weights with tiny ones, 1–6 streams, phases, stages, batch sizes, lanes."""
     lanes = draw(st.integers(1, 4))
     block_len = draw(st.sampled_from([8, 12, 16]))
-    lengths = st.sampled_from([n for n in range(1, block_len + 1) if block_len % n == 0])
+    lengths = st.sampled_from([n for n in range(2, block_len + 1) if block_len % n == 0])
     names = st.sampled_from("abcdef")
     phases = []
     for index in range(draw(st.integers(1, 3))):
@@ -187,7 +187,8 @@ def plan_with(**changes: object) -> Plan:
         ({"steps": 0}, "0 steps"),
         ({"stages": [Stage(0, 6)]}, "6 tokens do not divide blocks of 8; the nearest that do: 4 and 8"),
         ({"stages": [Stage(0, 12)]}, "12 tokens do not divide blocks of 8; the nearest that do: 8"),
-        ({"stages": [Stage(0, 0)]}, "0 tokens do not divide blocks of 8; the nearest that do: 1"),
+        ({"stages": [Stage(0, 0)]}, "stage from step 0: sequences of 0 tokens train nothing"),
+        ({"stages": [Stage(0, 8), Stage(2, 1)]}, "stage from step 2: sequences of 1 tokens .* at least 2 are needed"),
         ({"stages": [Stage(1, 8)]}, "the first must be 0"),
         ({"stages": [Stage(0, 8), Stage(0, 4)]}, "the first must be 0 and each later"),
         ({"stages": [Stage(0, 2)], "size": 7}, "7 sequences of 2 .* global_train_batch_size: 4 or 8"),

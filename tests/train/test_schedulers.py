@@ -24,6 +24,11 @@ def test_cosine_goes_from_the_peak_to_the_end():
     assert rates[4] + rates[5] == pytest.approx(1.2, abs=0.2)
 
 
+def test_a_decay_of_one_step_is_at_the_final_rate():
+    assert curve(3, name="wsd", decay_steps=1, final=0.1) == pytest.approx([1, 1, 0.1])
+    assert curve(3, name="cosine", warmup_steps=2, final=0.1) == pytest.approx([0.5, 1, 0.1])
+
+
 def test_constant_stays_at_the_peak_after_warm_up():
     assert curve(5, name="constant", warmup_steps=2) == [0.5, 1, 1, 1, 1]
 

@@ -55,6 +55,22 @@ def test_phases_as_files_stops_and_one_run_give_the_same_weights(whole, override
     assert (tmp_path / "parts" / "steps.jsonl").read_bytes() == before
 
 
+def test_a_run_resumed_in_a_phase_of_another_batch_cuts_it_as_the_uninterrupted_one(overrides, tmp_path):
+    shares = "proportions: {en_cosmopedia: 0.5, it_culturax: 0.5}"
+    config = [
+        f"phases=[{{name: small, steps: 4, global_train_batch_size: 8, {shares}}},"
+        f" {{name: large, steps: 6, global_train_batch_size: 16, {shares}}}]",
+        "curriculum.stages=[{from_step: 0, seq_len: 32}]",
+        "scheduler.decay_steps=2",
+    ]
+    main(overrides("whole", *config))
+    for until in (7, 10):
+        main(overrides("parts", *config, f"max_duration={until}ba"))
+    assert same(weights_of(tmp_path / "parts", 10), weights_of(tmp_path / "whole", 10))
+    metrics = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["trainer/device_train_microbatch_size"] for line in metrics] == [8] * 4 + [16] * 6
+
+
 def test_history_cannot_change_but_the_future_can(overrides, tmp_path):
     main(overrides("run", "max_duration=20ba"))
     other = "phases.{}.proportions={{en_cosmopedia: 0.5, it_culturax: 0.4, it_instructions: 0.1}}"
