@@ -290,6 +290,14 @@ def test_a_model_that_cannot_tell_documents_apart_is_refused(overrides):
     main(overrides("unmasked", *other, "document_mask=false"))
 
 
+def test_a_model_that_is_not_causal_is_refused(overrides):
+    model = "model={model_type: bert, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}"
+    base = ["model.num_key_value_heads=null", "model.attention_dropout=null"]
+    for mask in ("true", "false"):
+        with pytest.raises(UserError, match="a `bert` model sees the tokens that follow"):
+            main(overrides("run", model, *base, f"document_mask={mask}"))
+
+
 def test_another_tokenizer_than_the_shards_is_refused(overrides, demo_shards, tmp_path):
     other = tmp_path / "tokenizer.json"
     other.write_text((demo_shards / "tokenizer/tokenizer.json").read_text().replace("the", "eht", 1))
