@@ -26,7 +26,9 @@ from train.model import check_causal, check_document_mask
 from train.schedule import Plan
 from train.settings import TrainSettings
 
-_SHAPES = re.compile(r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size")
+_SHAPES = re.compile(
+    r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size|index out of range"
+)
 
 
 class Curriculum(Callback):
@@ -118,14 +120,15 @@ def _sizes_that_fit() -> Iterator[None]:
     """Raise `UserError` for sizes of a model that `transformers` accepts and its forward pass does not."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:  # the latter: a table of positions that ends before the sequence
         if not _SHAPES.search(str(error)):
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"setting `model`: its sizes do not fit together ({Path(place.filename).name}, line {place.lineno}: "
             f"{one_line(error)[:300]}): `hidden_size` is usually an even multiple of `num_attention_heads`, and that a "
-            "multiple of `num_key_value_heads`"
+            "multiple of `num_key_value_heads`; a model with a table of positions (`n_positions`, ...) takes no longer "
+            "sequences than that"
         ) from None
 
 
