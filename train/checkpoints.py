@@ -195,8 +195,8 @@ def duration(text: str | None, steps: int) -> Time[int]:
     """`max_duration` as batches, at most the plan's steps; raises `UserError` for another unit."""
     if text is None:
         return Time(steps, TimeUnit.BATCH)
-    if not (match := re.fullmatch(r"(\d+)ba", str(text).replace("_", ""))):
-        raise UserError(f"setting `max_duration` is {text!r}; it is given in steps, like 45000ba")
+    if not (match := re.fullmatch(r"0*([1-9]\d*)ba", str(text).replace("_", ""))):
+        raise UserError(f"setting `max_duration` is {text!r}; it is given in steps, at least one, like 45000ba")
     if int(match[1]) > steps:
         raise UserError(f"setting `max_duration` is {text}, but the phases have {steps} steps in all")
     return Time(int(match[1]), TimeUnit.BATCH)

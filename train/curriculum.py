@@ -22,11 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from chimera.cli import UserError, one_line, say
 from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
 from train.mixture import MixtureDataset
-from train.model import check_document_mask
+from train.model import check_causal, check_document_mask
 from train.schedule import Plan
 from train.settings import TrainSettings
 
-_SHAPES = re.compile(r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size")
+_SHAPES = re.compile(
+    r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size|index out of range"
+)
 
 
 class Curriculum(Callback):
@@ -45,14 +47,16 @@ class Curriculum(Callback):
         self.seq_len = self.sequences = self.graphs = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Before the first step: documents are told apart, and the longest stage ahead fits into memory."""
+        """Before the first step: no token sees what follows, documents are told apart, the longest stage ahead fits."""
         step = state.timestamp.batch.value
         ahead = [segment for segment in self.plan.segments if segment.end_step > step]
         if not ahead:
             return
-        if self.marks.document_mask:
-            with get_precision_context(state.precision, state.precision_config), _sizes_that_fit():
-                check_document_mask(_module(state), min(segment.seq_len for segment in ahead))
+        shortest = min(segment.seq_len for segment in ahead)
+        with get_precision_context(state.precision, state.precision_config), _sizes_that_fit():
+            check_causal(_module(state), shortest)
+            if self.marks.document_mask:
+                check_document_mask(_module(state), shortest)
         heaviest = max(ahead, key=lambda segment: (segment.seq_len, segment.sequences_per_step))
         rank_sequences = heaviest.sequences_per_step // dist.get_world_size()
         # Where Composer finds the microbatch, one sequence is the least it can come to.
@@ -116,14 +120,15 @@ def _sizes_that_fit() -> Iterator[None]:
     """Raise `UserError` for sizes of a model that `transformers` accepts and its forward pass does not."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:  # the latter: a table of positions that ends before the sequence
         if not _SHAPES.search(str(error)):
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"setting `model`: its sizes do not fit together ({Path(place.filename).name}, line {place.lineno}: "
             f"{one_line(error)[:300]}): `hidden_size` is usually an even multiple of `num_attention_heads`, and that a "
-            "multiple of `num_key_value_heads`"
+            "multiple of `num_key_value_heads`; a model with a table of positions (`n_positions`, ...) takes no longer "
+            "sequences than that"
         ) from None
 
 

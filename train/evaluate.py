@@ -12,7 +12,7 @@ from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from chimera.cli import UserError, say
+from chimera.cli import UserError, one_line, say
 from train.cache import ShardCache
 from train.collate import Marks, StepInfo, view_sequences
 from train.index import read_index
@@ -122,6 +122,18 @@ class Generate(Callback):
     def __init__(self, settings: GenerateSettings, shards: Shards) -> None:
         self.settings = settings
         self.tokenizer = shards.tokenizer
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Before the first step: a table of positions would end a later one in a traceback."""
+        module: Any = state.model.module if hasattr(state.model, "module") else state.model
+        positions = getattr(module.model.config, "max_position_embeddings", None)
+        for prompt in self.settings.prompts:
+            count, more = len(self.tokenizer.encode(prompt)), self.settings.max_new_tokens
+            if positions is not None and count + more > positions:
+                raise UserError(
+                    f"setting `generate`: the prompt {one_line(prompt)[:60]!r} has {count} tokens, with "
+                    f"`max_new_tokens` {more} more than the model's {positions} positions: lower `max_new_tokens`"
+                )
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value

@@ -165,7 +165,8 @@ def check(model: Any, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     again = AutoModelForCausalLM.from_pretrained(out, torch_dtype=model.dtype, local_files_only=True).eval()
-    ids = torch.arange(min(64, model.config.vocab_size))[None]
+    positions = getattr(model.config, "max_position_embeddings", 64)
+    ids = torch.arange(min(64, model.config.vocab_size, positions))[None]
     with torch.no_grad():
         if not torch.equal(model(ids).logits, again(ids).logits):
             raise UserError(f"{out} loads, but its logits differ from the checkpoint's")

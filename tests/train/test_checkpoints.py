@@ -142,7 +142,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_dead_one_holds_nothing(tmp_pa
 def test_max_duration_is_in_steps_of_the_plan():
     assert duration("45000ba", 50000).value == 45000
     assert duration(None, 50000).value == 50000
-    for wrong in ("1ep", "60000ba", "many"):
+    for wrong in ("1ep", "60000ba", "many", "0ba"):
         with pytest.raises(UserError, match="max_duration"):
             duration(wrong, 50000)
 

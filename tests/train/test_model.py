@@ -5,7 +5,16 @@ import torch
 
 from chimera.cli import UserError
 from train.collate import IGNORED, trained_tokens
-from train.model import CausalLM, Perplexity, TokenLoss, build_model, check_document_mask, check_tokens, token_losses
+from train.model import (
+    CausalLM,
+    Perplexity,
+    TokenLoss,
+    build_model,
+    check_causal,
+    check_document_mask,
+    check_tokens,
+    token_losses,
+)
 from train.settings import TrainSettings
 
 TINY = {
@@ -90,6 +99,27 @@ def test_a_document_mask_without_effect_is_refused(model):
     built = build_model(TrainSettings(model=model), vocab_size=100, eos_id=0, pad_id=1)
     with pytest.raises(UserError, match=f"no effect on `{model['model_type']}` with `attn_implementation: sdpa`"):
         check_document_mask(built, 16)
+
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 64])
+def test_a_model_that_sees_what_follows_is_refused(seq_len):
+    def build(**model):
+        torch.manual_seed(0)
+        return build_model(TrainSettings(model=model), vocab_size=100, eos_id=0, pad_id=1)
+
+    with pytest.raises(UserError, match=r"a `bert` model sees the tokens that follow .*`is_decoder: true`"):
+        check_causal(build(**BERT), seq_len)
+    for causal in ({**BERT, "is_decoder": True}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}, TINY):
+        check_causal(build(**causal), seq_len)
 
 
 def test_without_restarting_positions_documents_do_see_each_other():

@@ -290,6 +290,43 @@ def test_a_model_that_cannot_tell_documents_apart_is_refused(overrides):
     main(overrides("unmasked", *other, "document_mask=false"))
 
 
+def test_a_model_that_is_not_causal_is_refused(overrides):
+    model = "model={model_type: bert, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}"
+    base = ["model.num_key_value_heads=null", "model.attention_dropout=null"]
+    for mask in ("true", "false"):
+        with pytest.raises(UserError, match="a `bert` model sees the tokens that follow"):
+            main(overrides("run", model, *base, f"document_mask={mask}"))
+
+
+GPT2 = [
+    "model={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, hidden_size: null, intermediate_size: null,"
+    " num_hidden_layers: null, num_attention_heads: null, num_key_value_heads: null, attention_dropout: null,"
+    " max_position_embeddings: null, tie_word_embeddings: true}",
+    "document_mask=false",
+]
+
+
+def test_a_table_of_positions_shorter_than_a_stage_is_refused(overrides):
+    with pytest.raises(UserError, match=r"a model with a table of positions .* takes no longer"):
+        main(overrides("run", *GPT2, "model.n_positions=64"))
+
+
+def test_a_model_of_few_positions_is_exported(overrides, tmp_path):
+    stages = "curriculum.stages=[{from_step: 0, seq_len: 32}]"
+    main(overrides("run", *GPT2, "model.n_positions=32", stages, "max_duration=1ba"))
+    assert export_hf.main([str(tmp_path / "run/ep0-ba1-rank0.pt"), str(tmp_path / "out")]) == 0
+
+
+def test_generation_past_the_last_position_is_refused_before_the_first_step(overrides, tmp_path):
+    config = overrides("run", *GPT2, "model.n_positions=128", "max_duration=2ba")
+    with pytest.raises(
+        UserError, match=r"prompt 'The water' has \d+ tokens, with `max_new_tokens` 127 .* 128 positions"
+    ):
+        main([*config, "generate={interval: 1, prompts: ['The water'], max_new_tokens: 127}"])
+    assert not steps_of(tmp_path / "run")
+    assert main([*config, "generate={interval: 1, prompts: ['The water'], max_new_tokens: 120}"]) == 0
+
+
 def test_another_tokenizer_than_the_shards_is_refused(overrides, demo_shards, tmp_path):
     other = tmp_path / "tokenizer.json"
     other.write_text((demo_shards / "tokenizer/tokenizer.json").read_text().replace("the", "eht", 1))
