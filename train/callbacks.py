@@ -16,6 +16,7 @@ from train.monitor import MetricsFile
 from train.schedulers import check_scheduler, multiplier
 from train.settings import TrainSettings
 from train.shards import Shards
+from train.state import check_model
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -120,7 +121,10 @@ class ProgressLines(Callback):
 
 
 class About(Callback):
-    """Keeps in each checkpoint what `export_hf.py` needs besides the weights, so that the one file is enough."""
+    """Keeps in each checkpoint what else the weights were made with.
+
+    `export_hf.py` needs it, so that the one file is enough, and a start compares it with its own (`check`).
+    """
 
     def __init__(self, model: CausalLM, shards: Shards, settings: TrainSettings) -> None:
         self.about = {
@@ -130,8 +134,18 @@ class About(Callback):
             "pad_token": shards.tokenizer.pad_token,
             "block_len": shards.block_len,
             "run_name": settings.run_name,
+            "train_on": settings.train_on,
+            "document_mask": settings.document_mask,
             "sources": {name: stream.get("source") for name, stream in shards.streams.items()},
         }
+
+    def check(self, path: Path, own: bool) -> None:
+        """Raise `StateMismatch` unless this run may take up the checkpoint at `path` (`own`: of its own folder)."""
+        from train.export_hf import read_checkpoint
+
+        state = read_checkpoint(path, lazy=True)
+        step = int(state["dataset_state"]["train"]["step"])
+        check_model(state["callbacks"]["About"]["about"], self.about, step, own)
 
     def state_dict(self) -> dict[str, Any]:
         return {"about": self.about}

@@ -71,8 +71,11 @@ def export(checkpoint: Path, out: Path, dtype: str = "float32") -> None:
     check(model, out)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The `state` of one of our checkpoints, on the CPU; only tensors and plain values are unpickled."""
+def read_checkpoint(path: Path, lazy: bool = False) -> dict[str, Any]:
+    """The `state` of one of our checkpoints, on the CPU; only tensors and plain values are unpickled.
+
+    `lazy`: a tensor's bytes are read where they are used, so the file must stay as it is until then.
+    """
     import numpy
     import torch
     from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]  # private: not in its stubs
@@ -82,7 +85,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     plain = [_reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType, timedelta, TorchVersion]
     try:
         with torch.serialization.safe_globals(plain):
-            state = torch.load(path, map_location="cpu", weights_only=True)["state"]
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)["state"]
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:

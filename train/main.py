@@ -104,7 +104,7 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan",
             held.callback(forget, folder)
         together(partial(bring, start.path, folder) if other_node else None)
 
-    trainer = build_trainer(settings, config, shards, plan, folder, until, load_path)
+    trainer = build_trainer(settings, config, shards, plan, folder, until, load_path, start.own)
     forget(folder)
     code, words = 0, f"done: {until.value} steps, checkpoints and steps.jsonl in {settings.save_folder}"
     if remote:
@@ -137,8 +137,14 @@ def build_trainer(
     folder: Path,
     until: Any,
     load_path: str | None,
+    own: bool = True,
 ) -> Any:
-    """Composer's Trainer over the mixture, with everything the settings ask for."""
+    """Composer's Trainer over the mixture, with everything the settings ask for.
+
+    Args:
+        load_path: a checkpoint on this node; None: from nothing.
+        own: whether it is one of the run's own folder.
+    """
     import torch
     from composer import DataSpec, Trainer
     from composer.callbacks import LRMonitor, SpeedMonitor
@@ -153,6 +159,7 @@ def build_trainer(
     from train.mixture import MixtureDataset
     from train.model import build_model, check_parallelism, check_pretrained, check_tokens
     from train.monitor import Monitor
+    from train.ranks import together
 
     device = get_device(None)
 
@@ -163,6 +170,9 @@ def build_trainer(
     check_pretrained(settings.model.get("pretrained"), tokenizer.path)
     model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     check_tokens(shards.streams, plan.streams, model.model.get_input_embeddings().num_embeddings)
+    about = About(model, shards, settings)
+    if load_path is not None:
+        together(partial(about.check, Path(load_path), own) if dist.get_global_rank() == 0 else None)
 
     # Data
     dataset = MixtureDataset(
@@ -199,7 +209,7 @@ def build_trainer(
         Monitor(plan, folder, config),  # before Curriculum: it reads the batch as the loader gave it
         Curriculum(plan, marks, tokens_at_once),
         SetOptimizer(settings, plan.steps),
-        About(model, shards, settings),
+        about,
         SpeedMonitor(window_size=10),
         LRMonitor(),
         *([] if sys.stderr.isatty() else [ProgressLines(until.value)]),

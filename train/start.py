@@ -21,10 +21,14 @@ FETCHED = ".fetched-node{}.pt"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: at `step`, from the checkpoint `path`, a file or a URI (None: from nothing)."""
+    """Where a run starts: at `step`, from the checkpoint `path`, a file or a URI (None: from nothing).
+
+    `own`: it goes on in its folder; False: it begins a branch, from a checkpoint of elsewhere.
+    """
 
     step: int
     path: str | None
+    own: bool = True
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, str]]:
@@ -55,7 +59,7 @@ def choose_start(settings: TrainSettings, folder: Path) -> Start:
             "`load_path`; to go back in this one, move the later checkpoints elsewhere first"
         )
     if start is None and settings.load_path:
-        start = _given(settings.load_path, folder)
+        start = _given(settings.load_path, folder, settings.save_folder)
     start = start or Start(0, None)
     if start.step < settings.min_start_step:
         there = f"the newest complete one is at step {start.step}" if start.path else "there is none"
@@ -78,7 +82,7 @@ def newest_complete(found: Sequence[tuple[int, str]], folder: Path) -> Start | N
     return None
 
 
-def _given(path: str, folder: Path) -> Start:
+def _given(path: str, folder: Path, save_folder: str) -> Start:
     """The checkpoint `load_path`; its step is read from it where its name, links followed, does not tell."""
     from train.export_hf import read_checkpoint
 
@@ -86,12 +90,14 @@ def _given(path: str, folder: Path) -> Start:
     if damage := damage_of(file):
         raise UserError(f"setting `load_path`: checkpoint {path} cannot be read: {damage}")
     match = NAME.fullmatch(Path(path).name if is_remote(path) else file.resolve().name)
-    return Start(int(match[2]) if match else int(read_checkpoint(file)["dataset_state"]["train"]["step"]), path)
+    step = int(match[2]) if match else int(read_checkpoint(file)["dataset_state"]["train"]["step"])
+    beside = path.rpartition("/")[0] if is_remote(path) else str(file.resolve().parent)
+    return Start(step, path, own=_same(beside, save_folder))
 
 
 def _same(path: str, other: str) -> bool:
     if is_remote(path) or is_remote(other):
-        return path == other
+        return path.rstrip("/") == other.rstrip("/")
     return Path(path).resolve() == Path(other).resolve()
 
 

@@ -4,10 +4,12 @@ History is immutable, the future is editable: everything that decided the steps 
 stages and streams that only later steps use may change.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from chimera.cli import UserError
+from chimera.cli import UserError, say
 from train.ordering import ORDER_VERSION
 from train.schedule import Plan
 
@@ -19,6 +21,12 @@ FIELDS = {
     "sequences_per_step": "`global_train_batch_size`: sequences a step",
     "proportions": "`phases`: the proportions",
 }
+
+# Keys of a model's configuration that leave what its weights mean as it is.
+FREE = re.compile(
+    r".*drop.*|_attn_implementation.*|use_cache|transformers_version|torch_dtype|_name_or_path|architectures"
+    r"|initializer_range|(bos|eos|pad)_token_id"
+)
 
 
 class StateMismatch(UserError):
@@ -104,6 +112,38 @@ def resume_step(state: Any, plan: Plan, seed: int, fingerprints: Mapping[str, st
     return step
 
 
+def check_model(old: Mapping[str, Any], new: Mapping[str, Any], step: int, own: bool) -> None:
+    """Raise `StateMismatch` unless the weights of a checkpoint mean the same in this run's model.
+
+    What a step trains on must stay too where the run goes on in its folder; a branch may change that, and a line says
+    so. What the checkpoint does not know of, being of an earlier version, is not compared.
+
+    Args:
+        old: of the checkpoint, what `About` keeps.
+        new: the same of this run.
+        step: of the checkpoint.
+        own: whether the checkpoint is one of the run's own folder.
+    """
+    at = f"the checkpoint (step {step})"
+    was, now = json.loads(old["model_config"]), json.loads(new["model_config"])
+    keys = [key for key in was if key in now and now[key] != was[key] and not FREE.fullmatch(key)]
+    if keys:
+        key = min(keys, key=lambda key: (key != "model_type", key == "head_dim", key))  # head_dim follows from others
+        raise StateMismatch(
+            f"setting `model`: {key} is {_show(now[key])}, {at} was trained with {_show(was[key])}: set it back, or "
+            "start a new run"
+        )
+    for key in ("train_on", "document_mask"):
+        if new[key] == old.get(key, new[key]):
+            continue
+        if own:
+            raise StateMismatch(
+                f"setting `{key}` is {_show(new[key])}, {at} was trained with {_show(old[key])}: set it back, or "
+                "start a new run"
+            )
+        say(f"setting `{key}` is {_show(new[key])} from here on; {at} was trained with {_show(old[key])}")
+
+
 def _compare_history(old: list[dict[str, Any]], new: list[dict[str, Any]], at: str) -> None:
     """Refuse at the first run of steps that differs."""
     for was, now in zip(old, new, strict=False):
@@ -121,4 +161,6 @@ def _compare_history(old: list[dict[str, Any]], new: list[dict[str, Any]], at: s
 
 
 def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as YAML has it
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

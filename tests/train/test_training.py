@@ -116,6 +116,30 @@ def test_a_branch_starts_from_a_checkpoint_of_any_name(whole, overrides, tmp_pat
         main(overrides("other", f"load_path={start}", "min_start_step=21"))
 
 
+def test_a_checkpoint_of_another_model_loss_or_mask_is_refused(overrides, tmp_path, capsys):
+    main(overrides("run", "max_duration=5ba"))
+    start = f"load_path={tmp_path}/run/ep0-ba5-rank0.pt"
+    for change, key, now, was in (
+        ("model.num_hidden_layers=1", "num_hidden_layers", 1, 2),
+        ("model.num_attention_heads=4", "num_attention_heads", 4, 2),
+        ("model.rope_theta=5000", "rope_theta", "5000", "10000.0"),
+        ("model.hidden_size=64", "hidden_size", 64, 32),
+    ):
+        for where in (("run",), ("branch", start)):
+            with pytest.raises(
+                UserError, match=rf"`model`: {key} is {now}, the checkpoint \(step 5\) was trained with {was}: set it"
+            ):
+                main(overrides(*where, change))
+    for change in ("train_on=assistant", "document_mask=false"):
+        with pytest.raises(UserError, match=rf"`{change.replace('=', '` is ')}, the checkpoint \(step 5\)"):
+            main(overrides("run", change))
+    capsys.readouterr()
+    main(overrides("branch", start, "train_on=assistant", "model.attention_dropout=0.2", "max_duration=6ba"))
+    assert (
+        "`train_on` is assistant from here on; the checkpoint (step 5) was trained with all" in capsys.readouterr().err
+    )
+
+
 def test_the_newest_checkpoints_are_kept_and_latest_is_the_newest(overrides, tmp_path):
     for until in (15, 30):  # the second start removes files of the first
         main(overrides("run", "save_keep=2", f"max_duration={until}ba"))
