@@ -1,5 +1,6 @@
 """Typed settings of a training YAML (`phase*.yaml`), and the step plan they stand for."""
 
+import sys
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -9,6 +10,8 @@ from chimera.cli import UserError, load_settings
 
 if TYPE_CHECKING:
     from train.schedule import Plan
+
+FINITE = sys.float_info.max
 
 
 @dataclass
@@ -134,9 +137,9 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
             f"{path}: setting `device_train_microbatch_tokens` is {microbatch!r}; tokens as a whole number, or auto"
         )
     ranges: dict[str, tuple[float | None, float, float]] = {  # value, least, most
-        "optimizer.lr": (settings.optimizer.lr, 0, inf),
-        "optimizer.eps": (settings.optimizer.eps, 0, inf),
-        "optimizer.weight_decay": (settings.optimizer.weight_decay, 0, inf),
+        "optimizer.lr": (settings.optimizer.lr, 0, FINITE),
+        "optimizer.eps": (settings.optimizer.eps, 0, FINITE),
+        "optimizer.weight_decay": (settings.optimizer.weight_decay, 0, FINITE),
         "optimizer.clip_norm": (settings.optimizer.clip_norm, 1e-12, inf),
         "scheduler.warmup_steps": (settings.scheduler.warmup_steps, 0, inf),
         "scheduler.decay_steps": (settings.scheduler.decay_steps, 0, inf),
@@ -168,13 +171,20 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
     if settings.generate.interval and not all(settings.generate.prompts):
         raise UserError(f"{path}: setting `generate.prompts` holds an empty one; a prompt has at least one character")
     settings.save_folder = settings.save_folder.replace("{run_name}", settings.run_name)
+    if "{" in settings.save_folder or "}" in settings.save_folder:
+        raise UserError(
+            f"{path}: setting `save_folder` is {settings.save_folder!r}; no braces are possible but those of "
+            "{run_name}: Composer would fill them in for its own files alone"
+        )
     return settings
 
 
 def _range(least: float, most: float) -> str:
-    """`at least 0`, `above 0`, `from 0 to 1`."""
+    """`at least 0`, `at least 0 and finite`, `above 0`, `from 0 to 1`."""
     low = "above 0" if 0 < least < 1 else f"at least {least}"
-    return low if most == inf else f"from {least} to {most}"
+    if most >= FINITE:
+        return low if most == inf else f"{low} and finite"
+    return f"from {least} to {most}"
 
 
 def plan_of(settings: TrainSettings, block_len: int) -> "Plan":
