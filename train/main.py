@@ -158,7 +158,7 @@ def build_trainer(
     from train.evaluate import Generate, evaluators
     from train.mixture import MixtureDataset
     from train.model import build_model, check_parallelism, check_pretrained, check_tokens
-    from train.monitor import Monitor
+    from train.monitor import Monitor, set_aside
     from train.ranks import together
 
     device = get_device(None)
@@ -240,6 +240,9 @@ def build_trainer(
         dist_timeout=settings.dist_timeout,
     )
     restore.trainer = trainer
+    if not own and dist.get_global_rank() == 0:
+        for name in ("steps.jsonl", "metrics.jsonl", "starts.jsonl"):
+            set_aside(folder / name, "begins anew from a checkpoint of elsewhere")
     record(settings, shards, folder, trainer)
     return trainer
 

@@ -132,12 +132,9 @@ def keep_steps(path: Path, steps: int) -> None:
     """
     if not path.exists():
         return
-    if steps == 0 and (size := path.stat().st_size):
-        old = path.with_name(f"{path.name}.old")
-        if not old.exists() or old.stat().st_size <= size:
-            path.replace(old)
-            say(f"{path.parent} holds no checkpoint to go on from: the {path.name} of before is kept as {old.name}")
-            return
+    if steps == 0:
+        set_aside(path, "holds no checkpoint to go on from")
+        return
     kept, expected = [], 0
     with path.open("rb") as lines:
         for line in lines:
@@ -159,6 +156,18 @@ def keep_steps(path: Path, steps: int) -> None:
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(path)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Keep a file of other steps than the run's as `.old`, unless a longer one is; `why` is said of its folder."""
+    if not path.exists():
+        return
+    old, size = path.with_name(f"{path.name}.old"), path.stat().st_size
+    if size and (not old.exists() or old.stat().st_size <= size):
+        path.replace(old)
+        say(f"{path.parent} {why}: the {path.name} of before is kept as {old.name}")
+    else:
+        path.unlink()
 
 
 class MetricsFile(LoggerDestination):

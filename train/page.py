@@ -53,7 +53,7 @@ def page(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
     tables = "".join(
         [
             _table_of_mix(run.mix()),
-            _table_of_stages(run.stages()),
+            _table_of_stages(run.stages(), run.since),
             _table_of_evals(run),
             _table_of_passes(run),
             _table_of_starts(run),
@@ -101,7 +101,7 @@ def _tiles(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
     elif differing:
         check = ("bad", str(len(differing)), f"steps are not the plan's, the first is {differing[0]}")
     else:
-        check = ("good", f"{len(run.digests)} of {len(run.digests)}", "steps have the plan's digest")
+        check = ("good", f"{len(run.digests)} of {len(run.digests)}", f"steps{run.since} have the plan's digest")
     last = float(run.loss[-10:].mean()) if len(run.loss) else None
     tiles = [
         ("", f"{run.done:,} of {run.plan.steps:,}", "steps"),
@@ -246,7 +246,7 @@ def _table_of_mix(rows: Sequence[MixRow]) -> str:
     return _table("Planned and realised mix", ("stream", "phase", "planned", "realised", "off"), cells, note, 2)
 
 
-def _table_of_stages(rows: Sequence[StageRow]) -> str:
+def _table_of_stages(rows: Sequence[StageRow], since: str) -> str:
     cells = [
         (
             f"{row.phase} {row.seq_len}",
@@ -258,7 +258,8 @@ def _table_of_stages(rows: Sequence[StageRow]) -> str:
         )
         for row in rows
     ]
-    note = "A phase at one sequence length. Loss: mean over its steps, and over their last tenth."
+    note = f"A phase at one sequence length{since and f', counted{since}'}. "
+    note += "Loss: mean over its steps, and over their last tenth."
     return _table("Stages", ("stage", "steps", "tokens", "loss", "at its end"), cells, note)
 
 
@@ -306,7 +307,8 @@ def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         "<section><h2>Data</h2><dl>"
         f"<dt>shards</dt><dd><code>{escape(run.settings.shards)}</code></dd>"
         f"<dt>manifest, SHA-256</dt><dd><code>{escape(str(run.about.get('manifest')))}</code></dd>"
-        f"<dt>digests of steps 0 to {max(0, run.done - 1)}, SHA-256 over all</dt><dd><code>{run.digest}</code></dd>"
+        f"<dt>digests of steps {run.first} to {max(0, run.done - 1)}, SHA-256 over all</dt>"
+        f"<dd><code>{run.digest}</code></dd>"
         f"<dt>digests of the steps</dt><dd>{check}</dd>"
         f"<dt>versions</dt><dd>{versions}</dd></dl></section>"
     )

@@ -70,7 +70,7 @@ def summary(found: "Run", differing: Sequence[int], unchecked: str | None) -> st
         ),
         "",
         *table(
-            ("stage", "steps", "done", "tokens", "loss", "loss at its end"),
+            ("stage", "steps", f"done{found.since}", "tokens", "loss", "loss at its end"),
             [
                 (
                     f"{row.phase} {row.seq_len}",
@@ -84,14 +84,17 @@ def summary(found: "Run", differing: Sequence[int], unchecked: str | None) -> st
             ],
         ),
         "",
-        f"data: manifest {str(found.about.get('manifest'))[:16]}, digests of all steps {found.digest[:16]}",
+        f"data: manifest {str(found.about.get('manifest'))[:16]}, "
+        f"digests of all steps{found.since} {found.digest[:16]}",
     ]
     if unchecked is not None:
         text.append(f"digests were not compared with the plan's: {unchecked}")
     elif differing:
         text.append(f"digests: {len(differing)} steps DIFFER from the plan's, the first is step {differing[0]}")
     else:
-        text.append(f"digests: all {len(found.digests)} steps equal those computed from the plan and the shards")
+        text.append(
+            f"digests: all {len(found.digests)} steps{found.since} equal those computed from the plan and the shards"
+        )
     return "\n".join(text)
 
 

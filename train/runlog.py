@@ -40,7 +40,7 @@ class MixRow:
     end_step: int
     stream: str
     planned: float  # share of the tokens
-    realised: float | None  # None: the phase has not begun
+    realised: float | None  # None: no step of the phase is logged
     worst: float | None  # blocks the stream was off its target at most, over all steps
 
 
@@ -52,15 +52,18 @@ class StageRow:
     seq_len: int
     first_step: int
     end_step: int
-    done: int  # steps
-    tokens: int
+    done: int  # steps logged
+    tokens: int  # of them
     mean_loss: float | None
     last_loss: float | None  # mean of the last tenth of its steps
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its save folder records it; arrays have one row a step done."""
+    """A run as its save folder records it; arrays have one row a step logged.
+
+    A branch logs from the step of the checkpoint it began with; what came before, its plan tells.
+    """
 
     folder: Path
     about: dict[str, Any]  # config.json
@@ -81,12 +84,22 @@ class Run:
         return int(self.steps[-1]) + 1 if len(self.steps) else 0
 
     @property
+    def first(self) -> int:
+        """The first step logged."""
+        return int(self.steps[0]) if len(self.steps) else 0
+
+    @property
+    def since(self) -> str:
+        """What is said of a count of steps logged: nothing, or where a branch's log begins."""
+        return f" from step {self.first} on" if self.first else ""
+
+    @property
     def tokens(self) -> int:
-        return int(self.blocks.sum()) * self.plan.block_len
+        return int(self._seen().sum()) * self.plan.block_len
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the digests of all steps done, a line each."""
+        """SHA-256 over the digests of all steps logged, a line each."""
         return hashlib.sha256("".join(f"{digest}\n" for digest in self.digests).encode()).hexdigest()
 
     def phase_spans(self) -> list[tuple[int, int]]:
@@ -96,14 +109,12 @@ class Run:
 
     def shares(self, phase: int) -> tuple[npt.NDArray[np.int64], Floats]:
         """The mix since the phase began, after each of its steps done: steps [n], shares [n, streams]."""
-        here = self._within(*self.phase_spans()[phase])
-        seen = np.cumsum(self.blocks[here], axis=0)
+        here, seen = self._seen_in(phase)
         return self.steps[here], seen / seen.sum(axis=1, keepdims=True)
 
     def distances(self, phase: int) -> tuple[npt.NDArray[np.int64], Floats]:
         """Blocks each stream is away from its share since the phase began: steps [n], blocks [n, streams]."""
-        here = self._within(*self.phase_spans()[phase])
-        seen = np.cumsum(self.blocks[here], axis=0)
+        here, seen = self._seen_in(phase)
         planned = np.array([float(self.plan.phases[phase].proportions.get(name, 0)) for name in self.plan.streams])
         return self.steps[here], seen - planned * seen.sum(axis=1, keepdims=True)
 
@@ -145,12 +156,26 @@ class Run:
     def passes(self) -> list[tuple[str, int, float, float]]:
         """Of each stream: blocks stored, passes over them so far, and at the plan's end."""
         needed = self.plan.blocks_before(self.plan.steps)
-        seen = self.blocks.sum(axis=0)
+        seen = self._seen()
         rows = []
         for index, stream in enumerate(self.plan.streams):
             if stored := self.about.get("blocks", {}).get(stream):
                 rows.append((stream, stored, int(seen[index]) / stored, needed[stream] / stored))
         return rows
+
+    def _seen(self) -> npt.NDArray[np.int64]:
+        """Blocks of each stream so far, those before the first step logged included."""
+        return self._before(self.first) + self.blocks.sum(axis=0)
+
+    def _seen_in(self, phase: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Which steps logged are the phase's, and the blocks of each stream since it began, after each of them."""
+        begin, end = self.phase_spans()[phase]
+        here = self._within(begin, end)
+        before = self._before(max(begin, min(self.first, end))) - self._before(begin)
+        return here, before + np.cumsum(self.blocks[here], axis=0)
+
+    def _before(self, step: int) -> npt.NDArray[np.int64]:
+        return np.array(list(self.plan.blocks_before(step).values()), np.int64)
 
     def _within(self, first: int, end: int) -> npt.NDArray[np.bool_]:
         return (self.steps >= first) & (self.steps < end)

@@ -142,6 +142,24 @@ def test_without_its_shards_the_report_says_that_digests_were_not_compared(
     assert "digests were not compared with the plan's: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("first", [13, 30, 35])  # in the first phase, between the two, in the second
+def test_a_branch_counts_what_came_before_its_first_step(
+    folder: Path, first: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = read_run(folder)
+    lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
+    (folder / "steps.jsonl").write_text("".join(lines[first:]))
+    branch = read_run(folder)
+    assert (branch.tokens, branch.passes()) == (whole.tokens, whole.passes())
+    for phase in range(2):
+        steps, away = whole.distances(phase)
+        _, found = branch.distances(phase)
+        assert found.tolist() == away[steps >= first].tolist()
+    assert report.main([str(folder)]) == 0
+    assert f"digests: all {40 - first} steps from step {first} on equal those computed" in capsys.readouterr().out
+    assert f"digests of steps {first} to 39" in (folder / "report.html").read_text()
+
+
 def test_the_page_needs_nothing_from_outside_and_escapes_names(folder: Path) -> None:
     report.main([str(folder)])
     html = (folder / "report.html").read_text()

@@ -140,6 +140,20 @@ def test_a_checkpoint_of_another_model_loss_or_mask_is_refused(overrides, tmp_pa
     )
 
 
+def test_a_branch_takes_no_line_of_what_its_folder_held_for_its_own(overrides, tmp_path, capsys):
+    main(overrides("other", "max_duration=5ba"))
+    main(overrides("run", "max_duration=6ba", "seed=18"))  # as if killed before its first checkpoint
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.unlink()
+    main(overrides("run", f"load_path={tmp_path}/other/ep0-ba5-rank0.pt", "max_duration=7ba"))
+    said = capsys.readouterr().err
+    for name, kept, of_its_own in (("steps", 6, 2), ("metrics", 6, 2), ("starts", 1, 1)):
+        assert f"elsewhere: the {name}.jsonl of before is kept as {name}.jsonl.old" in said
+        for suffix, count in (("jsonl.old", kept), ("jsonl", of_its_own)):
+            assert len((tmp_path / f"run/{name}.{suffix}").read_text().splitlines()) == count
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == [5, 6]
+
+
 def test_the_newest_checkpoints_are_kept_and_latest_is_the_newest(overrides, tmp_path):
     for until in (15, 30):  # the second start removes files of the first
         main(overrides("run", "save_keep=2", f"max_duration={until}ba"))
