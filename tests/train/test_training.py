@@ -134,7 +134,8 @@ def test_a_checkpoint_of_another_model_loss_or_mask_is_refused(overrides, tmp_pa
         with pytest.raises(UserError, match=rf"`{change.replace('=', '` is ')}, the checkpoint \(step 5\)"):
             main(overrides("run", change))
     capsys.readouterr()
-    main(overrides("branch", start, "train_on=assistant", "model.attention_dropout=0.2", "max_duration=6ba"))
+    changes = ("train_on=assistant", "model.attention_dropout=0.2", "model.max_position_embeddings=512")
+    main(overrides("branch", start, *changes, "max_duration=6ba"))
     assert (
         "`train_on` is assistant from here on; the checkpoint (step 5) was trained with all" in capsys.readouterr().err
     )
