@@ -133,7 +133,8 @@ def collect_rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> Pat
     lines_before: dict[str, int] = {}  # physical lines of each file in the spans so far
     collected = work / "rejects.jsonl.zst"
     with open(collected, "wb") as out:
-        packed = zstandard.ZstdCompressor(level=3).stream_writer(out, closefd=False)
+        # With a checksum, by which damage shows: the manifest holds their number alone.
+        packed = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(out, closefd=False)
         for index, state in enumerate(parts):
             bases = []
             for span, lines in zip(plan.parts[index].spans, state.lines, strict=False):

@@ -148,6 +148,14 @@ def edit_manifest(build: Path, change: Callable[[Any], None]) -> None:
     (build / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_any_damage_to_the_rejects_is_named(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = build / "rejects" / "joined.jsonl.zst"
+    good = file.read_bytes()
+    for at in range(6, len(good), 7):  # behind the frame's header
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        assert any("rejects/joined.jsonl.zst" in line for line in bad(build, capsys)), at
+
+
 @pytest.mark.parametrize("key", ["blocks", "tokens", "padding", "documents", "shards"])
 def test_each_count_is_checked(build: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
     def change(manifest: Any) -> None:
