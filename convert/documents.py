@@ -105,10 +105,8 @@ def _parse_long(line: bytes) -> Any:
     decoder = codecs.getincrementaldecoder("utf-8")()
     for at in range(0, len(line), LONG_LINE):
         decoder.decode(line[at : at + LONG_LINE], final=at + LONG_LINE >= len(line))
-    if _LOW_ESCAPE.search(
-        line
-    ):  # unpaired it would pass for such a byte; this low one does not, nor pairs with the next
-        marked = bytearray(line)
+    if _LOW_ESCAPE.search(line):
+        marked = bytearray(line)  # unpaired it would pass for such a byte; udfff does not, nor pairs with the next
         for escape in _ESCAPE.finditer(line):
             if escape[1]:
                 marked[escape.start(1) : escape.end(1)] = b"udfff"

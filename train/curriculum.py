@@ -22,13 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from chimera.cli import UserError, one_line, say
 from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
 from train.mixture import MixtureDataset
-from train.model import check_causal, check_document_mask
+from train.model import check_causal, check_document_mask, logits_alone
 from train.schedule import Plan
 from train.settings import TrainSettings
 
 _SHAPES = re.compile(
     r"size of tensor a|shapes cannot be multiplied|is invalid for input of size|must match the size|index out of range"
 )
+
+_CHECKED = 512  # tokens of the sequences that `check_causal` and `check_document_mask` look at, whatever the stage's
 
 
 class Curriculum(Callback):
@@ -52,11 +54,15 @@ class Curriculum(Callback):
         ahead = [segment for segment in self.plan.segments if segment.end_step > step]
         if not ahead:
             return
-        shortest = min(segment.seq_len for segment in ahead)
+        seq_len = min(_CHECKED, *(segment.seq_len for segment in ahead))
+        evaluated = max((_eval_len(evaluator) for evaluator in state.evaluators), default=0)
         with get_precision_context(state.precision, state.precision_config), _sizes_that_fit():
-            check_causal(_module(state), shortest)
+            check_causal(_module(state), seq_len)
             if self.marks.document_mask:
-                check_document_mask(_module(state), shortest)
+                check_document_mask(_module(state), seq_len)
+            if evaluated > max(segment.seq_len for segment in ahead):
+                places = torch.arange(evaluated)
+                logits_alone(_module(state), places, places.remainder(7))
         heaviest = max(ahead, key=lambda segment: (segment.seq_len, segment.sequences_per_step))
         rank_sequences = heaviest.sequences_per_step // dist.get_world_size()
         # Where Composer finds the microbatch, one sequence is the least it can come to.
@@ -153,6 +159,11 @@ def _trial(state: State, sequences: int, seq_len: int) -> None:
         del moments, loss
     for parameter in parameters:
         parameter.grad = None
+
+
+def _eval_len(evaluator: Any) -> int:
+    """Tokens in a sequence of an evaluator's."""
+    return int(evaluator.dataloader.dataloader.dataset.seq_len)
 
 
 def _compiled_graphs() -> int:

@@ -83,7 +83,7 @@ def check_causal(model: CausalLM, seq_len: int) -> None:
     half = max(1, seq_len // 2)
     places = torch.arange(seq_len)
     ids = places.remainder(7)
-    passes = _logits(model, places, ids, torch.where(places < half, ids, ids + 7))
+    passes = logits_alone(model, places, ids, torch.where(places < half, ids, ids + 7))
     one, two = (logits[:half].float() for logits in passes)
     # This check cannot be turned off, so it leaves room for the rounding of kernels of half precision.
     share = 1e-4 if passes[0].dtype == torch.float32 else 1e-2
@@ -95,7 +95,7 @@ def check_causal(model: CausalLM, seq_len: int) -> None:
         )
 
 
-def _logits(model: CausalLM, places: Tensor, *sequences: Tensor) -> list[Tensor]:
+def logits_alone(model: CausalLM, places: Tensor, *sequences: Tensor) -> list[Tensor]:
     """Of each of `sequences`, its logits `[seq_len, vocabulary]`, without dropout: nothing random is drawn."""
     device = next(model.parameters()).device
     training = model.training
@@ -121,7 +121,7 @@ def check_document_mask(model: CausalLM, seq_len: int) -> None:
     places = torch.cat([torch.arange(half), torch.arange(seq_len - half)])
     ids = torch.arange(seq_len).remainder(7)
     other = torch.where(torch.arange(seq_len) < half, ids + 7, ids)
-    one, two = (logits[half:].float() for logits in _logits(model, places, ids, other))
+    one, two = (logits[half:].float() for logits in logits_alone(model, places, ids, other))
     # The same numbers but for kernels whose order of summation is not fixed; what leaks is far above that.
     if (off := (one - two).abs().max().item()) > 1e-4 * one.abs().max().item():
         config = model.model.config

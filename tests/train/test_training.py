@@ -350,6 +350,14 @@ def test_a_table_of_positions_shorter_than_a_stage_is_refused(overrides):
         main(overrides("run", *GPT2, "model.n_positions=64"))
 
 
+def test_a_table_of_positions_shorter_than_an_evaluation_is_refused_before_the_first_step(overrides, tmp_path):
+    stages = "curriculum.stages=[{from_step: 0, seq_len: 32}]"
+    longer = ["eval.interval=2", "eval.blocks=1", "eval.seq_lens=[32,64]"]
+    with pytest.raises(UserError, match=r"a model with a table of positions .* takes no longer"):
+        main(overrides("run", *GPT2, "model.n_positions=32", stages, *longer))
+    assert not (tmp_path / "run/steps.jsonl").read_text()
+
+
 def test_a_model_of_few_positions_is_exported(overrides, tmp_path):
     stages = "curriculum.stages=[{from_step: 0, seq_len: 32}]"
     main(overrides("run", *GPT2, "model.n_positions=32", stages, "max_duration=1ba"))
