@@ -14,10 +14,12 @@ from convert.outputs import Output
 from convert.planned import PlannedBuild, StreamPlan, part_folder
 from convert.settings import BuildSettings
 from convert.shards import Json, digest, file_of, index_bytes
+from convert.sources import changed_files
 
 
 def publish(plan: Json, build: PlannedBuild, parts: dict[str, list[PartState]], work: Path, output: Output) -> Json:
     """Bring everything to the output; returns the manifest."""
+    check_sources(plan)
     manifest = make_manifest(plan, build.settings, parts)
     check_sums(manifest)
     check_streams(manifest)
@@ -89,6 +91,15 @@ def _split_summary(split: str, parts: list[PartState]) -> Json:
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
     reasons = sorted({reason for count in counts for reason in count})
     return {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
+
+
+def check_sources(plan: Json) -> None:
+    """Refuse to publish what was read of a file while it grew or shrank: rows of it are missing, or one is cut."""
+    for name, stream in plan["streams"].items():
+        for file in changed_files(stream["source"]["describe"]):
+            raise UserError(
+                f"streams.{name}: the size of {file} changed while it was read: when it is whole, set `rebuild=true`"
+            )
 
 
 def check_sums(manifest: Json) -> None:

@@ -92,6 +92,8 @@ def jsonl_rows(
     while span.end is None or offset < span.end:
         line, size = read_line(file)
         if not size:
+            if span.end is not None:
+                raise EOFError(f"it ends {span.end - offset} bytes before where it did when the build began")
             return
         at_start = offset == 0
         offset, number = offset + size, number + 1

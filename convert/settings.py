@@ -154,8 +154,8 @@ def _check_build(settings: BuildSettings) -> None:
     for key, value in (("output", settings.output), ("tokenizer.path", settings.tokenizer.path)):
         if value in (MISSING, ""):
             raise UserError(f"setting `{key}` is missing")
-        if value.startswith("~") or "\0" in value:
-            raise UserError(f"{key}: {value!r} must be a path as it is, without ~ or a NUL")
+        _path(key, value)
+    _path("work", settings.work or "")
     if settings.remote:
         check_writable(settings.output)
     if not settings.streams:
@@ -206,6 +206,11 @@ def _check_stream(where: str, stream: StreamSettings) -> None:
             raise UserError(f"{where}.sources.{index}.files: {source.files} must be paths")
         if source.files and (source.subset, source.split, source.revision) != (None, "train", None):
             raise UserError(f"{where}.sources.{index}: `subset`, `split` and `revision` are for `hub`; files have none")
+
+
+def _path(key: str, value: str) -> None:
+    if value.startswith("~") or "\0" in value:
+        raise UserError(f"{key}: {value!r} must be a path as it is, without ~ or a NUL")
 
 
 def _positive(key: str, value: object) -> None:

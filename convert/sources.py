@@ -155,9 +155,9 @@ def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, 
     size = os.path.getsize(file)
     if file.endswith(".parquet"):
         return _row_groups(file, where, _column(stream, source))
-    if file.endswith((".gz", ".zst")) or size <= part_bytes:
+    if file.endswith((".gz", ".zst")):
         return [Span("jsonl", file, 0, None, size)]
-    ranges = -(-size // part_bytes)
+    ranges = max(1, -(-size // part_bytes))
     cuts = [size * i // ranges for i in range(ranges + 1)]
     return [Span("jsonl", file, a, b, b - a) for a, b in itertools.pairwise(cuts)]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,8 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     [
         ({"output": "~/shards"}, "output: '~/shards' must be a path as it is"),
         ({"output": "a\0b"}, "must be a path as it is"),
+        ({"work": "a\0b"}, "work: .* must be a path as it is"),
+        ({"work": "~/work"}, "work: .~/work. must be a path as it is"),
         ({"block_len": 1 << 33}, "must be below 268435456"),
     ],
 )
@@ -234,3 +237,46 @@ def test_an_output_that_cannot_be_made_is_one_line(sources: Path, tmp_path: Path
     for output, said in ((tmp_path / "dangling", "File exists"), (tmp_path / ("x" * 300), "File name too long")):
         code, text = builds.run(settings_for(sources, output), tmp_path)
         assert (code, "Traceback" in text, said in text) == (2, False, True), text
+
+
+@pytest.mark.parametrize(("change", "said"), [(-100, "it ends 22600 bytes before where it did"), (1, "changed while")])
+def test_a_file_that_shrinks_or_grows_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int, said: str
+) -> None:
+    """Rows that went missing this way were missed by nobody."""
+    file = tmp_path / "rows.jsonl"
+    line = builds.jsonl([{"text": builds.PROSE}])
+    file.write_bytes(line * 300)
+
+    class Meanwhile(builds.Inline):
+        def start(self, task: Any) -> None:
+            file.write_bytes(line * (300 + change))
+            super().start(task)
+
+    settings = settings_for(tmp_path, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [str(file)]}]}}
+    with monkeypatch.context() as patch:
+        patch.setattr(builds, "Inline", Meanwhile)
+        with pytest.raises(UserError, match=said):
+            builds.build_here(settings)
+    with pytest.raises(UserError, match=r"the size of .*rows\.jsonl"):
+        builds.build_here(settings)
+    file.write_bytes(line * 300)
+    builds.build_here(settings)
+    builds.build_here({**settings, "output": str(tmp_path / "undisturbed")})
+    assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "undisturbed")
+
+
+def test_unfinished_work_that_is_removed_meanwhile_is_one_line(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(sources, tmp_path / "out")
+    stopped(settings, monkeypatch)
+    shutil.rmtree(tmp_path / "out")
+    engine = LocalEngine(1, work_of(settings))
+    engine.start(Task("columns", 0, None))
+    while not (events := engine.wait(60)):
+        pass
+    engine.close()
+    assert isinstance(events[0].payload, UserError), events
+    assert "No such file or directory: mend it and run the same command again" in str(events[0].payload)
