@@ -12,7 +12,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 Settings = TypeVar("Settings")
 
@@ -21,7 +21,8 @@ class UserError(Exception):
     """Something only the user can mend; the message says what is wrong, where, and the remedy."""
 
 
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of which the system does not say where
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, *FULL)
 
 
 def fail(message: str) -> NoReturn:
@@ -40,6 +41,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
 
     Ctrl-C exits with 130.
     """
+    _open_closed_streams()
+    code: int | None = None
     try:
         code = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where a closed pipe is caught
@@ -49,24 +52,32 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        if not _nobody_reads():
-            raise
+        if not _nobody_reads(sys.stdout) or _nobody_reads(sys.stderr):
+            raise  # work was cut short for want of who reads its messages
         # `… | head`: who reads has had enough, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except OSError as error:
-        if error.filename is None or error.errno not in REFUSED:
+        if error.errno not in REFUSED or (error.filename is None and error.errno not in FULL):
             raise
-        fail(f"{error.filename}: {error.strerror}: give another place, or mend this one")
+        fail(f"{error.filename or 'what was being written'}: {error.strerror}: give another place, or mend this one")
     raise SystemExit(code or 0)
 
 
-def _nobody_reads() -> bool:
-    """Whether stdout is a pipe whose other end is closed."""
+def _open_closed_streams() -> None:
+    """Give closed standard streams (`2>&-`) to /dev/null; else the next file to be opened takes their number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe whose other end is closed."""
     poll = select.poll()
     try:
-        poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
-    except (OSError, ValueError):  # stdout is no file
+        poll.register(stream.fileno(), 0)  # errors are told without being asked for
+    except (OSError, ValueError):  # it is no file
         return False
     return bool(poll.poll(0))
 

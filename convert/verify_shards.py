@@ -6,6 +6,7 @@ Exits with 1 when something is wrong, and with 2 when it cannot tell (no manifes
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -252,10 +253,10 @@ def main(argv: Sequence[str]) -> int:
         root = Root(where, Path(scratch))
         manifest = read_manifest(root)
         problems = verify(root, manifest)
-    for problem in problems:
-        print(f"bad: {problem}")
     if problems:
         print(f"{root.root}: {len(problems)} problems", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # `… | head` makes no good root of it
+            print(*(f"bad: {problem}" for problem in problems), sep="\n", flush=True)
         return 1
     blocks = sum(stream[split]["blocks"] for stream in manifest["streams"].values() for split in SPLITS)
     print(f"{where}: {len(manifest['streams'])} streams, {blocks} blocks: every byte and count is as the manifest says")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from convert import build_shards, verify_shards
 from convert.block_rules import BlockRules
 from convert.shards import ShardFormat, file_of, index_bytes, write_shard
 from convert.store import Store
+from tests.convert.builds import ROOT
 from tests.convert.s3_server import S3Server
 from tests.convert.small_tokenizer import ADDED, with_added
 
@@ -103,6 +106,12 @@ def test_a_damaged_shard_is_named(
     assert f"joined/train/{file.name}" in lines[0]
     assert what in lines[0]
     assert all("joined" in line for line in lines)  # the counts that follow from it, and no other stream
+
+
+def test_a_bad_root_is_bad_though_nobody_reads_what_is_wrong(build: Path) -> None:
+    flip_a_bit(shard(build, "joined"))
+    command = f"{sys.executable} convert/verify_shards.py {build} | head -0; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False).returncode == 1
 
 
 def test_a_remote_build_is_read_from_its_store(

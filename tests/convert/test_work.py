@@ -163,6 +163,18 @@ def test_only_a_closed_stdout_makes_a_broken_pipe_a_good_end(code: str, status: 
         assert ("BrokenPipeError" in said) == bool(status)
 
 
+@pytest.mark.parametrize(
+    "closed", ["2>&1 | head -0; exit ${PIPESTATUS[0]}", ">&- 2>&- <&-", ">&-", "2>&-", ">/dev/full"]
+)
+def test_streams_that_are_closed_or_full_do_not_change_how_a_command_ends(closed: str) -> None:
+    write = "import sys; print('told' * 100_000, file=sys.stderr); print('result')"
+    main = f"from chimera.cli import run\ndef main(argv):\n    {write}\n    return 3\nrun(main, [])"
+    command = f'"{sys.executable}" -c "$0" {closed}'
+    found = subprocess.run(["bash", "-c", command, main], cwd=builds.ROOT, capture_output=True, text=True, check=False)
+    wanted = {"2>&1": 1, ">/dev/full": 2}.get(closed.split()[0], 3)
+    assert (found.returncode, "Traceback" in found.stderr) == (wanted, False), found.stderr
+
+
 def test_a_second_builder_with_another_work_folder_is_refused(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
