@@ -17,7 +17,9 @@ if __package__ in (None, ""):
 
 from chimera.cli import UserError, load_settings, parse, progress, run, say
 from convert.documents import IM_END, IM_START, Document, DocumentReader, Dropped
+from convert.encoding import Encoder
 from convert.settings import BuildSettings, StreamSettings, check
+from convert.shards import write_file
 
 if TYPE_CHECKING:
     from convert.sources import Opened
@@ -95,10 +97,14 @@ def _documents(stream: StreamSettings, opened: "Opened", retries: int) -> Iterat
 
 
 def write(tokenizer: Any, settings: BuildSettings) -> Path:
-    """Save the tokenizer where the config looks for it; returns the `tokenizer.json`."""
+    """Save the tokenizer where the config looks for it, its `tokenizer.json` last and whole; returns that.
+
+    Raises `UserError` for one that a build would refuse, say where EOS and PAD are the same.
+    """
     file = target(settings)
+    raw = tokenizer.to_str(pretty=True).encode()
+    Encoder(raw, settings.tokenizer.eos_token, settings.tokenizer.pad_token, str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(file))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": settings.tokenizer.eos_token,
@@ -108,7 +114,8 @@ def write(tokenizer: Any, settings: BuildSettings) -> Path:
         "clean_up_tokenization_spaces": False,
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (file.parent / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    write_file(file.parent / "tokenizer_config.json", text.encode())
+    write_file(file, raw)
     return file
 
 

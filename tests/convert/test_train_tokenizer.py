@@ -1,6 +1,8 @@
 """A tokenizer trained from a shards config: deterministic, loadable, on the fast path, never replaced unasked."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from convert import train_tokenizer
 from convert.documents import Document, DocumentReader
 from convert.encoding import Encoder
 from convert.settings import StreamSettings, TokenizerSettings
+from tests.convert.builds import ROOT
 
 PAIR = {"instruction": "Che cosa è la marea?", "input": "", "output": "La marea è il salire e scendere del mare."}
 
@@ -74,6 +77,21 @@ def test_an_existing_tokenizer_is_replaced_only_when_told(config: Path, tmp_path
     assert (tmp_path / "tok" / "tokenizer.json").read_bytes() != before
 
 
+def test_a_full_disk_is_one_line_and_leaves_no_torn_tokenizer(config: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "tok"
+    disk.mkdir()
+    command = f"{sys.executable} convert/train_tokenizer.py {config} vocab_size=400"
+    script = f"mount -t tmpfs -o size=12k tmpfs {disk} || exit 77; {command}; echo code=$?; ls -A {disk}"
+    found = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip("no user namespaces with mounts here")
+    assert found.stdout.split() == ["code=2", "tokenizer_config.json"], found.stderr
+    assert "No space left on device: give another place" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -83,6 +101,8 @@ def test_an_existing_tokenizer_is_replaced_only_when_told(config: Path, tmp_path
         (["vocabsize=300"], "vocabsize"),
         (["min_frequency=-1"], "min_frequency: -1 must be from 0 to"),
         (["chars_per_stream=0"], "chars_per_stream: 0 must be from 1 to"),
+        (["vocab_size=300", "tokenizer.pad_token=<|endoftext|>"], "are both '<|endoftext|>': they must differ"),
+        (["vocab_size=300", "tokenizer.eos_token=a"], "encodes the plain text 'a' as a special token"),
     ],
 )
 def test_mistakes_are_named(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
