@@ -30,10 +30,11 @@ from chimera.stores import is_remote
 from convert.block_rules import BlockRules
 from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
-from convert.shards import Json, digest, file_of
+from convert.shards import Json, ShardFormat, digest, file_of
 from convert.store import Store
 
 Array = NDArray[Any]
+COUNTS = ("blocks", "tokens", "padding", "documents")  # of a split
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -86,11 +87,36 @@ def read_manifest(root: Root) -> Json:
         manifest: Json = json.loads(root.read("manifest.json"))
         if manifest["format"] != 1 or not all(map(_PLAIN_NAME.fullmatch, manifest["streams"])):
             raise Bad("not a manifest of this version")
-    except (Bad, ValueError, KeyError, TypeError) as error:
+        if manifest["streams"].keys() != manifest["settings"]["streams"].keys():
+            raise Bad("its streams are not those of its settings")
+        for stream in manifest["streams"].values():
+            _check_entry(manifest, stream)
+    except (Bad, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{root.root}: no readable manifest.json ({error}): give the `output` of a finished build"
         ) from None
     return manifest
+
+
+def _check_entry(manifest: Json, stream: Json) -> None:
+    """Raise `Bad` or the like where what a stream is compared with is missing or of another type."""
+    rows, form = stream["rows"], _form(manifest, stream)
+    numbers = [form.block_len, stream["max_token_id"], rows["read"], rows["documents"]]
+    numbers += [*rows["filtered"].values(), *rows["rejected"].values()]
+    numbers += [stream[split][key] for split in SPLITS for key in ("shards", *COUNTS)]
+    numbers += [manifest["tokenizer"][key] for key in ("eos_id", "pad_id", "vocab_size")]
+    words = [manifest["tokenizer"]["digest"], *(stream[split]["index"] or "" for split in SPLITS)]
+    if not (all(isinstance(n, int) and n >= 0 for n in numbers) and all(isinstance(word, str) for word in words)):
+        raise Bad("a value in it is of another type")
+    if form.dtype not in ("uint16", "uint32"):
+        raise Bad(f"it names the type {form.dtype}")
+
+
+def _form(manifest: Json, stream: Json) -> ShardFormat:
+    """How the shards of a stream must look."""
+    size, masked = manifest["settings"]["shard_bytes"], stream["format"] == "chatml"
+    block_len, dtype, compression, hash_ = (manifest[key] for key in ("block_len", "dtype", "compression", "hash"))
+    return ShardFormat(block_len, dtype, masked, compression, hash_, size)
 
 
 def verify(root: Root, manifest: Json) -> list[str]:
@@ -117,7 +143,7 @@ def verify(root: Root, manifest: Json) -> list[str]:
                         _show(name, split, tokens[0], rules, tokenizer)
                     found.add(tokens, rules.eos_id, rules.pad_id)
                     bar.update(len(tokens))
-                for key in ("blocks", "tokens", "padding", "documents"):
+                for key in COUNTS:
                     problems += _differs(f"{name}/{split}", key, getattr(found, key), stream[split][key])
                 highest = max(highest, found.max_token_id)
             problems += _differs(name, "largest token id", highest, stream["max_token_id"])
@@ -148,11 +174,12 @@ def _blocks(
     except Bad as bad:
         problems.append(str(bad))
         return
+    form = _form(manifest, manifest["streams"][stream])
     shards = json.loads(index)["shards"]
     problems += _differs(folder, "shards", len(shards), summary["shards"])
     for shard in shards:
         try:
-            tokens, masks = _read_shard(root, folder, shard, manifest)
+            tokens, masks = _read_shard(root, folder, shard, form)
         except Bad as bad:
             problems.append(str(bad))
         else:
@@ -161,7 +188,7 @@ def _blocks(
             yield tokens
 
 
-def _read_shard(root: Root, folder: str, shard: Json, manifest: Json) -> tuple[Array, Array | None]:
+def _read_shard(root: Root, folder: str, shard: Json, form: ShardFormat) -> tuple[Array, Array | None]:
     """Tokens and masks [blocks, block_len] of a shard whose every byte was checked."""
     stored = file_of(shard)
     name = f"{folder}/{stored['basename']}"
@@ -177,7 +204,7 @@ def _read_shard(root: Root, folder: str, shard: Json, manifest: Json) -> tuple[A
         except zstandard.ZstdError as error:
             raise Bad(f"{name}: {error}") from None
         _check_bytes(f"{name}, decompressed", data, shard["raw_data"])
-    return _columns(name, data, shard, manifest)
+    return _columns(name, data, shard, form)
 
 
 def _check_bytes(name: str, data: bytes, wanted: Json) -> None:
@@ -188,16 +215,13 @@ def _check_bytes(name: str, data: bytes, wanted: Json) -> None:
             raise Bad(f"{name}: {algorithm} is {found}, the index says {value}")
 
 
-def _columns(name: str, data: bytes, shard: Json, manifest: Json) -> tuple[Array, Array | None]:
+def _columns(name: str, data: bytes, shard: Json, form: ShardFormat) -> tuple[Array, Array | None]:
     """A raw MDS file by hand: [samples][offsets][config] and records of equal length."""
-    samples, block_len, dtype = shard["samples"], manifest["block_len"], np.dtype(manifest["dtype"])
-    sizes = dict(zip(shard["column_names"], shard["column_sizes"], strict=True))
-    expected = {"tokens": block_len * dtype.itemsize}
-    if "assistant" in sizes:
-        expected["assistant"] = block_len // 8
-    if sizes != expected:
-        raise Bad(f"{name}: columns of {sizes} bytes where {expected} are expected")
-    record = sum(sizes.values())
+    for key, wanted in form.config.items():
+        if shard.get(key) != wanted:
+            raise Bad(f"{name}: its {key} is {shard.get(key)} in the index where {wanted} is expected")
+    samples, masks = shard["samples"], form.block_len // 8 if form.masked else 0
+    record = sum(size for _, _, size in form.columns)
     offsets = np.frombuffer(data, "<u4", samples + 1, offset=4) if len(data) >= 8 + 4 * samples else np.empty(0)
     first = len(data) - samples * record
     if int.from_bytes(data[:4], "little") != samples or not np.array_equal(
@@ -205,10 +229,10 @@ def _columns(name: str, data: bytes, shard: Json, manifest: Json) -> tuple[Array
     ):
         raise Bad(f"{name}: its table of records is not that of {samples} blocks of {record} bytes")
     records = np.frombuffer(data, np.uint8, offset=first).reshape(samples, record)
-    tokens = np.ascontiguousarray(records[:, record - sizes["tokens"] :]).view(dtype.newbyteorder("<"))
-    if "assistant" not in sizes:
+    tokens = np.ascontiguousarray(records[:, masks:]).view(np.dtype(form.dtype).newbyteorder("<"))
+    if not form.masked:
         return tokens, None
-    return tokens, np.unpackbits(records[:, : block_len // 8], axis=1, bitorder="little").astype(bool)
+    return tokens, np.unpackbits(records[:, :masks], axis=1, bitorder="little").astype(bool)
 
 
 def _rows(root: Root, name: str, stream: Json) -> list[str]:

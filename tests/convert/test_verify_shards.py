@@ -157,6 +157,16 @@ def edit_manifest(build: Path, change: Callable[[Any], None]) -> None:
     (build / "manifest.json").write_text(json.dumps(manifest))
 
 
+def edit_index(build: Path, change: Callable[[Any], None]) -> None:
+    """Change an index, and its hash in the manifest."""
+    file = build / "joined" / "train" / "index.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit_manifest(build, lambda manifest: manifest["streams"]["joined"]["train"].update(index=digest))
+
+
 def test_any_damage_to_the_rejects_is_named(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = build / "rejects" / "joined.jsonl.zst"
     good = file.read_bytes()
@@ -213,21 +223,35 @@ def test_wrong_tokens_under_right_hashes_are_found(build: Path, capsys: pytest.C
 
 def test_a_record_table_that_lies_is_found(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_manifest(build, lambda manifest: manifest.update(block_len=16))
-    assert "columns of" in bad(build, capsys)[0]
+    assert "its column_encodings is ['ndarray:uint16:32'] in the index where" in bad(build, capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("column_encodings", ["ndarray:int16:32"]), ("compression", "zstd:9"), ("hashes", [])]
+)
+def test_an_index_that_describes_other_shards_is_found(
+    build: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    """Under a right hash: whoever reads the shards goes by these words."""
+    edit_index(build, lambda index: index["shards"][0].update({key: value}))
+    assert f"its {key} is {value} in the index where" in bad(build, capsys)[0]
 
 
 def test_index_names_are_not_paths(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = build / "joined" / "train"
-    index = json.loads((folder / "index.json").read_text())
-    file_of(index["shards"][0])["basename"] = "../../manifest.json"
-    data = json.dumps(index).encode()
-    (folder / "index.json").write_bytes(data)
-
-    def change(manifest: Any) -> None:
-        manifest["streams"]["joined"]["train"]["index"] = hashlib.sha256(data).hexdigest()
-
-    edit_manifest(build, change)
+    edit_index(build, lambda index: file_of(index["shards"][0]).update(basename="../../manifest.json"))
     assert "is not a file name" in bad(build, capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"blocks"', '"blocs"'), ('"uint16"', '"uint56"'), ('"eos_id": 0', '"eos_id": -1'), ('"joined"', '"join"')],
+)
+def test_a_damaged_manifest_is_one_line(build: Path, old: str, new: str) -> None:
+    manifest = (build / "manifest.json").read_text()
+    assert old in manifest
+    (build / "manifest.json").write_text(manifest.replace(old, new, 1))
+    with pytest.raises(UserError, match=r"no readable manifest\.json"):
+        verify_shards.main([str(build)])
 
 
 @pytest.mark.parametrize(
