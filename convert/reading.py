@@ -113,6 +113,8 @@ def jsonl_rows(
 def open_lines(span: Span, below: io.BufferedReader, start: Position) -> tuple[io.BufferedReader, int]:
     """A buffered file positioned at the start of a line, and that position in bytes."""
     if span.file.endswith(_PACKED):
+        if not below.peek(1):  # no data at all would take some bytes; Python's readers take this for it
+            raise EOFError("the compressed data is cut off")
         readers: dict[str, Callable[[Any], Any]] = {"gz": gzip.GzipFile, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
         reader = readers.get(span.file.rpartition(".")[2], _Zstd)
         file = io.BufferedReader(reader(fileobj=below) if reader is gzip.GzipFile else reader(below), 1 << 20)

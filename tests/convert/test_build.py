@@ -246,10 +246,11 @@ def test_a_file_that_a_pattern_finds_later_is_named(sources: Path, tmp_path: Pat
     builds.build_here(settings)  # the sources may go once all is built
 
 
+@pytest.mark.parametrize("quarters", [0, 3])
 @pytest.mark.parametrize("name", ["packed.jsonl.gz", "packed.jsonl.zst"])
-def test_a_cut_off_file_stops_the_build_by_name(sources: Path, tmp_path: Path, name: str) -> None:
+def test_a_cut_off_file_stops_the_build_by_name(sources: Path, tmp_path: Path, name: str, quarters: int) -> None:
     data = (sources / name).read_bytes()
-    (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
+    (tmp_path / name).write_bytes(data[: len(data) * quarters // 4])
     settings = builds.config(sources, tmp_path / "out")
     settings["streams"] = {"s": {"sources": [{"files": [str(tmp_path / name)]}]}}
     with pytest.raises(UserError, match=f"{name} cannot be read to its end"):
