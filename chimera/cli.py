@@ -111,8 +111,8 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config = _read_yaml(path)
     try:
+        config = _read_yaml(path)
         for override in overrides:
             key, _, text = override.partition("=")
             try:
@@ -127,18 +127,18 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
         reason = str(getattr(error, "msg", None) or error).split("\n")[0]
         raise UserError(f"{path}: setting `{key}`: {reason}") from None
     except TypeError:  # OmegaConf's, which does not say where
-        key = _of_another_kind(schema, config)
+        key = _of_another_kind(OmegaConf.structured(schema), config)
         raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
     return cast(Settings, settings)
 
 
-def _of_another_kind(schema: type, config: Any) -> str:
-    """The first key of `config` that cannot be merged into `schema`."""
+def _of_another_kind(onto: Any, config: Any) -> str:
+    """The first key of `config` that cannot be merged into `onto`."""
     from omegaconf import OmegaConf
 
     for key in config:
         try:
-            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.masked_copy(config, [key]))
+            OmegaConf.merge(onto, OmegaConf.masked_copy(config, [key]))
         except TypeError:
             return str(key)
     return "?"
@@ -162,7 +162,12 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     base = config.pop("base", None)
     if base is None:
         return config
-    return OmegaConf.merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), config)
+    below = _read_yaml(path.parent / str(base), (*seen, path.resolve()))
+    try:
+        return OmegaConf.merge(below, config)
+    except TypeError:
+        key = _of_another_kind(below, config)
+        raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
 
 
 def progress(total: float | None, unit: str, label: str, initial: float = 0, disable: bool = False) -> Any:

@@ -38,6 +38,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "nothing.yaml").write_text("output: x\ntokenizer: {path: x}\n")
     (folder / "list.yaml").write_text("- 1\n")
     (folder / "loop.yaml").write_text("base: loop.yaml\n")
+    (folder / "null.yaml").write_text("streams: {~: {}}\n")
+    (folder / "open.yaml").write_text("output: 'a${'\n")
+    (folder / "reference.yaml").write_text("base: ${other}\n")
+    (folder / "onto.yaml").write_text("base: nothing.yaml\ntokenizer: [x]\n")
     (folder / "broken.yaml").write_text("a: [1\n")
     (folder / "text.parquet").write_bytes(b"no parquet")
     (folder / "empty").mkdir()
@@ -54,6 +58,10 @@ TABLE = [
     ("convert.build_shards", ["BUILT/loop.yaml"], "`base` leads back to itself"),
     ("train.plan", ["BUILT/broken.yaml"], "not readable as YAML"),
     ("train.plan", [TRAIN, SHARDS], "more than one config file"),
+    ("convert.build_shards", ["BUILT/null.yaml"], "setting `streams`: Incompatible key type 'NoneType'"),
+    ("convert.build_shards", ["BUILT/open.yaml"], "open.yaml: setting `output`: no viable alternative"),
+    ("convert.build_shards", ["BUILT/reference.yaml"], "setting `base`: Interpolation key 'other' not found"),
+    ("convert.build_shards", ["BUILT/onto.yaml"], "setting `tokenizer` holds a list for a mapping, or a mapping"),
     ("train.main", [], "no config file given"),
     ("train.main", [TRAIN, "sead=1"], "Key 'sead' not in 'TrainSettings'"),
     ("train.main", [TRAIN, "phases.0.stepps=1"], "stepps"),
