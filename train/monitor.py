@@ -135,7 +135,8 @@ def keep_steps(path: Path, steps: int) -> None:
     if steps == 0:
         set_aside(path, "holds no checkpoint to go on from")
         return
-    kept, expected = [], 0
+    kept: list[bytes] = []
+    expected: int | None = None  # a branch's first line is of any step
     with path.open("rb") as lines:
         for line in lines:
             try:
@@ -144,12 +145,13 @@ def keep_steps(path: Path, steps: int) -> None:
                 step = None
             if step is None or step >= steps:
                 break
-            if step != expected:
+            if expected is not None and step != expected:
                 say(f"warning: {path} goes from step {expected - 1} to {step}")
             kept.append(line)
             expected = step + 1
-    if expected < steps:
-        say(f"warning: {path} ends at step {expected - 1}, the checkpoint at {steps - 1}")
+    if expected != steps:
+        ends = "is empty" if expected is None else f"ends at step {expected - 1}"
+        say(f"warning: {path} {ends}, the checkpoint at {steps - 1}")
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as out:
         out.writelines(kept)

@@ -123,6 +123,17 @@ def test_missing_steps_are_said(tmp_path, capsys):
     assert lines(path) == [0, 3]
 
 
+def test_a_branchs_file_begins_at_its_first_step_without_a_warning(tmp_path, capsys):
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 3}\n{"step": 4}\n')
+    keep_steps(path, 5)
+    assert lines(path) == [3, 4]
+    keep_steps(path, 3)
+    assert lines(path) == []
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"warning: {path} is empty, the checkpoint at 2"]
+
+
 def test_no_file_is_no_matter(tmp_path):
     keep_steps(tmp_path / "steps.jsonl", 5)
     assert not (tmp_path / "steps.jsonl").exists()
