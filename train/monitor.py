@@ -126,7 +126,7 @@ class Monitor(Callback):
 
 
 def keep_steps(path: Path, steps: int) -> None:
-    """Drop from a JSON-lines file what does not belong to the first `steps` steps, a torn last line included.
+    """Drop from a JSON-lines file what does not belong to the first `steps` steps, damaged lines included.
 
     Before step 0 nothing belongs: the file of a run without a checkpoint is kept as `.old`, unless a longer one is.
     """
@@ -143,7 +143,9 @@ def keep_steps(path: Path, steps: int) -> None:
                 step = json.loads(line)["step"] if line.endswith(b"\n") else None
             except (ValueError, KeyError, TypeError):
                 step = None
-            if step is None or step >= steps:
+            if step is None:
+                continue
+            if step >= steps:
                 break
             if expected is not None and step != expected:
                 say(f"warning: {path} goes from step {expected - 1} to {step}")
