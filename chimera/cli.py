@@ -11,6 +11,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
@@ -27,7 +28,7 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, 
 
 def fail(message: str) -> NoReturn:
     """Print `message` as one line on stderr and exit with 2."""
-    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    say(f"error: {one_line(message)}")
     raise SystemExit(2)
 
 
@@ -45,11 +46,12 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     code: int | None = None
     try:
         code = main(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, where a closed pipe is caught
+        if sys.stdout is not None:  # `>&-`
+            sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped")
         raise SystemExit(130) from None
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout) or _nobody_reads(sys.stderr):
@@ -196,15 +198,20 @@ class _Lines:
     def write(self, text: str) -> None:
         text = text.replace("\x1b[A", "").strip("\r\n ")
         if text:
-            print(text, file=sys.stderr)
+            with suppress(OSError):  # as in `say`
+                print(text, file=sys.stderr)
 
     def flush(self) -> None:
         sys.stderr.flush()
 
 
 def say(message: str) -> None:
-    """One line of what a tool does, on stderr, clear of a progress bar (stdout is for results)."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
-    else:
-        print(message, file=sys.stderr, flush=True)
+    """One line of what a tool does, on stderr, clear of a progress bar (stdout is for results).
+
+    Where nobody reads it any more (`… 2>&1 | head`), or its disk is full, what is being done goes on.
+    """
+    with suppress(OSError):
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)

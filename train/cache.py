@@ -99,12 +99,13 @@ class ShardCache:
     def _open_in_place(self, index: StreamIndex, shard: Shard) -> mmap.mmap:
         path = Path(index.folder, shard.raw.name)
         try:
-            good = self._is_good(path, shard.raw)
+            if not self._is_good(path, shard.raw):
+                raise ShardError(f"shard {path} is damaged (its hash is not the index's): restore or build it again")
+            return _map(path)
         except FileNotFoundError:
             raise ShardError(f"shard {path} is missing: build the stream {index.name} again") from None
-        if not good:
-            raise ShardError(f"shard {path} is damaged (its hash is not the index's): restore or build it again")
-        return _map(path)
+        except OSError as error:
+            raise ShardError(f"shard {path} cannot be read: {error.strerror}") from None
 
     def _is_good(self, path: Path, file: StoredFile) -> bool:
         """Whether a file has the index's bytes and hashes; looked at once in a process."""

@@ -4,8 +4,11 @@ On `AFTER_DATALOADER`, when Composer has counted the batch, a step's blocks are 
 length, and the microbatch is set so that a device takes about the same number of tokens at every stage.
 """
 
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,7 +207,9 @@ class MixtureLoader(StreamingDataLoader):
     """
 
     def __init__(self, dataset: MixtureDataset, unpacked_streams: frozenset[int] = frozenset(), num_workers: int = 0):
-        super().__init__(dataset, batch_size=None, collate_fn=as_read, num_workers=num_workers)
+        super().__init__(
+            dataset, batch_size=None, collate_fn=as_read, num_workers=num_workers, worker_init_fn=stop_with_run
+        )
         self.unpacked_streams = unpacked_streams
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -225,6 +230,18 @@ class MixtureLoader(StreamingDataLoader):
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
     return record
+
+
+def stop_with_run(_worker: int) -> None:
+    """Have this worker end at its parent's SIGTERM alone: at one that all processes get, the run is still to save."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in threads to come too
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def microbatch(settings: TrainSettings, plan: Plan, ranks: int, on_gpu: bool) -> int | None:

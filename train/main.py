@@ -7,10 +7,11 @@ once; then data, model, optimizer and callbacks are put together and Composer's 
 import argparse
 import errno
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,13 @@ def share_cores() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
 
 
+def allow_open_files() -> None:
+    """Let this process open as many files as the system allows it: every shard in use is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS allows fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="composer train/main.py", description=__doc__.split("\n")[0])
     _, config, overrides = parse(parser, argv, default_config=None)
@@ -46,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     check_stack()
     plain_uploads()
     share_cores()
+    allow_open_files()
 
     shards = open_root(settings)
     plan = plan_of(settings, shards.block_len)

@@ -276,7 +276,7 @@ def check_parallelism(parallelism: dict[str, Any]) -> None:
     if not parallelism:
         return
     known = {field.name for field in dataclasses.fields(FSDPConfig) if field.init and not field.name.startswith("_")}
-    if set(parallelism) != {"fsdp"}:
+    if set(parallelism) != {"fsdp"} or not isinstance(parallelism["fsdp"] or {}, dict):
         raise UserError(f"setting `parallelism` has {', '.join(parallelism)}; it takes `fsdp: {{...}}` alone")
     options = parallelism["fsdp"] or {}
     for key in options:

@@ -126,7 +126,7 @@ class Monitor(Callback):
 
 
 def keep_steps(path: Path, steps: int) -> None:
-    """Drop from a JSON-lines file what does not belong to the first `steps` steps, a torn last line included.
+    """Drop from a JSON-lines file what does not belong to the first `steps` steps, damaged lines included.
 
     Before step 0 nothing belongs: the file of a run without a checkpoint is kept as `.old`, unless a longer one is.
     """
@@ -135,21 +135,25 @@ def keep_steps(path: Path, steps: int) -> None:
     if steps == 0:
         set_aside(path, "holds no checkpoint to go on from")
         return
-    kept, expected = [], 0
+    kept: list[bytes] = []
+    expected: int | None = None  # a branch's first line is of any step
     with path.open("rb") as lines:
         for line in lines:
             try:
                 step = json.loads(line)["step"] if line.endswith(b"\n") else None
             except (ValueError, KeyError, TypeError):
                 step = None
-            if step is None or step >= steps:
+            if step is None:
+                continue
+            if step >= steps:
                 break
-            if step != expected:
+            if expected is not None and step != expected:
                 say(f"warning: {path} goes from step {expected - 1} to {step}")
             kept.append(line)
             expected = step + 1
-    if expected < steps:
-        say(f"warning: {path} ends at step {expected - 1}, the checkpoint at {steps - 1}")
+    if expected != steps:
+        ends = "is empty" if expected is None else f"ends at step {expected - 1}"
+        say(f"warning: {path} {ends}, the checkpoint at {steps - 1}")
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as out:
         out.writelines(kept)

@@ -83,6 +83,14 @@ def span(first: int, end: int) -> str:
     return f"{first}–{end - 1}"
 
 
+def lost(run: Run) -> str:
+    """What is said of steps that are missing in the log."""
+    return (
+        f"steps.jsonl lacks {len(run.missing)} of the steps {run.first} to {run.done - 1}, the first is step "
+        f"{run.missing[0]}: nothing of them is counted here"
+    )
+
+
 def worst(rows: Iterable[MixRow]) -> float | None:
     """Blocks any stream was off its target at most, in any phase."""
     return max((row.worst for row in rows if row.worst is not None), default=None)
@@ -302,6 +310,8 @@ def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         check = f"{len(differing)} steps differ from the plan's, the first is step {differing[0]}"
     else:
         check = f"all {len(run.digests)} equal those computed from the plan and the shards"
+    if run.missing:
+        check += f"; {lost(run)}"
     versions = ", ".join(f"{escape(k)} {escape(str(v))}" for k, v in run.about.get("versions", {}).items())
     return (
         "<section><h2>Data</h2><dl>"

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def summary(found: "Run", differing: Sequence[int], unchecked: str | None) -> str:
     """The same facts as the page's, in plain text."""
     from train.charts import short
-    from train.page import number, percent, span
+    from train.page import lost, number, percent, span
 
     starts = ", ".join(f"step {start['from_step']} on {start['ranks']}" for start in found.starts)
     text = [
@@ -87,6 +87,8 @@ def summary(found: "Run", differing: Sequence[int], unchecked: str | None) -> st
         f"data: manifest {str(found.about.get('manifest'))[:16]}, "
         f"digests of all steps{found.since} {found.digest[:16]}",
     ]
+    if found.missing:
+        text.append(lost(found))
     if unchecked is not None:
         text.append(f"digests were not compared with the plan's: {unchecked}")
     elif differing:

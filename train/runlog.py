@@ -7,6 +7,7 @@ digest is computed anew from the plan.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class Run:
     def first(self) -> int:
         """The first step logged."""
         return int(self.steps[0]) if len(self.steps) else 0
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """Steps between the first and the last one logged that are not: lines of them were damaged or lost."""
+        return np.setdiff1d(np.arange(self.first, self.done), self.steps).tolist()
 
     @property
     def since(self) -> str:
@@ -199,8 +205,8 @@ def read_run(folder: Path) -> Run:
     settings = _settings(folder, values)
     plan = plan_of(settings, block_len)
 
-    lines = [line for line in _json_lines(folder / "steps.jsonl") if "step" in line]
-    metrics = list(_json_lines(folder / "metrics.jsonl"))
+    lines = _steps(folder / "steps.jsonl", plan)
+    metrics = [line for line in _json_lines(folder / "metrics.jsonl") if "step" in line]
     evals: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for line in metrics:
         for key, value in line.items():
@@ -248,6 +254,19 @@ def compare_digests(run: Run) -> tuple[list[int], str | None]:
                 if found is not None and found != digest(zip(names, blocks, strict=True)):
                     differing.append(first + row)
     return differing, None
+
+
+def _steps(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """The lines of steps.jsonl that say all of a step of the plan, each a later one's; damaged ones are left out."""
+    found: list[dict[str, Any]] = []
+    kinds = {"step": int, "loss": int | float, "digest": str, "streams": dict}
+    for line in _json_lines(path):
+        if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()) or not math.isfinite(line["loss"]):
+            continue
+        after = found[-1]["step"] if found else -1
+        if after < line["step"] < plan.steps and all(isinstance(tokens, int) for tokens in line["streams"].values()):
+            found.append(line)
+    return found
 
 
 def _settings(folder: Path, values: dict[str, Any]) -> TrainSettings:

@@ -163,6 +163,10 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
     for key in ("run_name", "shards", "cache", "save_folder"):
         if not getattr(settings, key):
             raise UserError(f"{path}: setting `{key}` is empty")
+    for key in ("shards", "cache", "save_folder", "load_path", "tokenizer"):
+        value = getattr(settings, key) or ""
+        if value.startswith("~") or "\0" in value:
+            raise UserError(f"{path}: setting `{key}`: {value!r} must be a path as it is, without ~ or a NUL")
     if settings.save_keep != -1 and settings.save_keep < 1:
         raise UserError(f"{path}: setting `save_keep` is {settings.save_keep}; at least 1, or -1 for all")
     betas = settings.optimizer.betas

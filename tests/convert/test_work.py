@@ -148,6 +148,22 @@ def test_an_idle_worker_that_died_does_not_hide_how_the_build_ended(
     engine.close()
 
 
+@pytest.mark.parametrize("to", ["2>&1 | true", "2>/dev/full", ">&-"])
+def test_messages_that_nobody_can_read_end_nothing(tmp_path: Path, to: str) -> None:
+    """A build or a run goes on, and is not taken for done where it is not."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\nfrom pathlib import Path\nfrom chimera.cli import progress, run, say\n"
+        "def main(argv):\n"
+        "    time.sleep(0.2)\n    say('begun')\n    progress(1, 'B', 'bar').close()\n    say('done')\n"
+        f"    Path({str(tmp_path / 'done')!r}).touch()\n"
+        "run(main, [])\n"
+    )
+    command = f"set -o pipefail; PYTHONPATH=. {sys.executable} {script} {to}"
+    assert subprocess.run(["bash", "-c", command], cwd=builds.ROOT).returncode == 0
+    assert (tmp_path / "done").exists()
+
+
 @pytest.mark.parametrize(("code", "status"), [("print('x' * 10**6)", 0), ("raise BrokenPipeError('of a worker')", 1)])
 def test_only_a_closed_stdout_makes_a_broken_pipe_a_good_end(code: str, status: int) -> None:
     main = f"from chimera.cli import run\ndef main(argv):\n    {code}\nrun(main, [])"

@@ -5,10 +5,12 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,21 @@ def test_uncompressed_local_shards_are_read_in_place_and_verified(tmp_path: Path
     spoil(root / "en" / "train" / "shard.00003.mds")
     with pytest.raises(ShardError, match=r"shard .*/shard.00003.mds is damaged .* restore or build it again"):
         list(dataset(root, tmp_path / "cache"))
+
+
+def test_more_shards_than_files_may_be_open_is_one_line(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for compression in (None, "zstd:3"):
+        root = make_shards(tmp_path / str(compression), STREAMS, compression=compression)
+        data = dataset(root, tmp_path / "cache")
+        with closing(iter(data)) as records:
+            next(records)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                with pytest.raises(ShardError, match=r"^shard \S+.mds cannot be [^\n]*Too many open files[^\n]*$"):
+                    list(records)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(root: Path, tmp_path: Path) -> None:

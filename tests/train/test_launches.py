@@ -59,7 +59,7 @@ def test_a_chain_of_kills_on_other_rank_counts_ends_as_the_uninterrupted_run(ove
     os.killpg(killed.pid, signal.SIGKILL)
     finish(killed)
 
-    preempted = launch(2, *config)
+    preempted = launch(2, *config, "num_workers=1")  # SIGTERM reaches workers too, which must outlive the save
     wait_for_step(preempted, folder, 50)
     os.killpg(preempted.pid, signal.SIGTERM)
     finish(preempted)  # the launcher itself dies of the signal; its ranks save first

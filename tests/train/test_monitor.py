@@ -106,6 +106,14 @@ def test_lines_past_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
     assert lines(path) == [0, 1, 2, 3, 4]
 
 
+def test_a_damaged_line_takes_none_of_those_after_it_along(tmp_path, capsys):
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 0}\n{"st\0\0\n{"step": 2}\n')
+    keep_steps(path, 3)
+    assert lines(path) == [0, 2]
+    assert "goes from step 0 to 2" in capsys.readouterr().err
+
+
 def test_a_torn_line_alone_is_dropped(tmp_path):
     path = tmp_path / "steps.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}')
@@ -121,6 +129,17 @@ def test_missing_steps_are_said(tmp_path, capsys):
     assert "goes from step 0 to 3" in said
     assert "ends at step 3, the checkpoint at 5" in said
     assert lines(path) == [0, 3]
+
+
+def test_a_branchs_file_begins_at_its_first_step_without_a_warning(tmp_path, capsys):
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 3}\n{"step": 4}\n')
+    keep_steps(path, 5)
+    assert lines(path) == [3, 4]
+    keep_steps(path, 3)
+    assert lines(path) == []
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"warning: {path} is empty, the checkpoint at 2"]
 
 
 def test_no_file_is_no_matter(tmp_path):

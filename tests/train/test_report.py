@@ -182,3 +182,15 @@ def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path, content: str | N
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
         report.main([str(tmp_path)])
+
+
+def test_steps_missing_in_the_log_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
+    damaged = [lines[7].replace('"loss"', '"los"'), lines[20].replace('"step": 20', '"step": 2000'), "\0\n"]
+    (folder / "steps.jsonl").write_text("".join([*lines[:5], *damaged, *lines[8:20], *lines[10:12], *lines[23:]]))
+    assert report.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    words = "steps.jsonl lacks 6 of the steps 0 to 39, the first is step 5"
+    assert words in said
+    assert "digests: all 34 steps equal" in said
+    assert words in (folder / "report.html").read_text()

@@ -1,6 +1,7 @@
 """Training on real shards with Composer itself: phases, stages, stops and resumes, all in one process."""
 
 import json
+import os
 import resource
 import shutil
 import sqlite3
@@ -438,6 +439,30 @@ def test_single_documents_are_padded_to_the_longest_and_what_the_length_parts_is
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["data/tokens_parted_from_their_document"] > 0 for line in lines[:6])
     assert all("data/tokens_parted_from_their_document" not in line for line in lines[6:])
+
+
+def test_more_shards_in_use_than_files_may_be_open_at_first(overrides, demo_shards, tmp_path):
+    from convert import build_shards
+    from tests.train.conftest import ROOT
+
+    source = f"[{{files: ['{ROOT}/samples/it_pairs.jsonl']}}]"
+    build_shards.main(
+        [
+            str(ROOT / "yamls/demo/shards.yaml"),
+            f"tokenizer.path={demo_shards}/tokenizer",
+            f"output={tmp_path}/shards",
+            f"streams={{pairs: {{format: chatml, sources: {source}}}}}",
+            "shard_bytes=2048",
+            "compression=null",
+        ]
+    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        only = ["phases=[{name: only, steps: 12, proportions: {pairs: 1}}]", "scheduler.decay_steps=2"]
+        assert main([*overrides("run"), f"shards={tmp_path}/shards", *only]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_running_out_of_memory_at_the_longest_stage_shows_before_the_first_step(overrides, tmp_path):
