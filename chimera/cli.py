@@ -46,8 +46,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     code: int | None = None
     try:
         code = main(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:  # `>&-`
-            sys.stdout.flush()  # here, where a closed pipe is caught
+        sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:

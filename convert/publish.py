@@ -96,9 +96,12 @@ def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
 def check_sources(plan: Json) -> None:
     """Refuse to publish what was read of a file while it grew or shrank: rows of it are missing, or one is cut."""
     for name, stream in plan["streams"].items():
-        for file in changed_files(stream["source"]["describe"]):
+        describe = stream["source"]["describe"]
+        sizes = {file["path"]: file["bytes"] for file in describe.get("files", [])}
+        for file in changed_files(describe):
             raise UserError(
-                f"streams.{name}: the size of {file} changed while it was read: when it is whole, set `rebuild=true`"
+                f"streams.{name}: the size of {file} changed while it was read, so nothing is published: cut it back "
+                f"to {sizes[file]} bytes and run the same command again, or set `rebuild=true` once it is whole"
             )
 
 
