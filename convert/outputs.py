@@ -13,7 +13,7 @@ from typing import Protocol
 from chimera.cli import UserError, say
 from convert.journal import SENT, SPLITS
 from convert.settings import BuildSettings
-from convert.shards import sync_folder, write_file
+from convert.shards import move_file, write_file
 from convert.store import Store
 
 CLAIM = "builder.json"  # while a build writes to a store: who it is
@@ -110,8 +110,7 @@ class FolderOutput:
     def put(self, file: Path, key: str) -> None:
         place = self._root / key
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(file, place)
-        sync_folder(place.parent)
+        move_file(file, place)
 
     def adopt(self, made: Path, key: str, size: int) -> None:
         place = self._root / key

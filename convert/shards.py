@@ -5,13 +5,17 @@ the same length: a shard is `[samples u32][offsets u32 × (samples + 1)][config 
 in the order of their names.
 """
 
+import errno
 import functools
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,20 +136,41 @@ def write_file(path: Path, data: bytes) -> None:
 
     Raises `OSError` (a full disk included) with the temporary file removed.
     """
+    with _whole(path) as file:
+        file.write(data)
+
+
+def move_file(file: Path, path: Path) -> None:
+    """Move `file` to `path`, also to another disk; the same promise as `write_file`'s."""
+    try:
+        os.replace(file, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with _whole(path) as out, open(file, "rb") as data:
+            shutil.copyfileobj(data, out)
+        file.unlink()
+    else:
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that takes its place at the end."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

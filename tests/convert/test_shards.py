@@ -1,12 +1,14 @@
 """The bytes of shards, against streaming's own writer and reader."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 
-from convert.shards import Json, ShardFormat, file_of, index_bytes, write_file, write_shard
+from convert.shards import Json, ShardFormat, file_of, index_bytes, move_file, write_file, write_shard
 
 
 def blocks(form: ShardFormat, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -70,3 +72,20 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     with pytest.raises(IsADirectoryError):
         write_file(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_file_moved_to_another_disk_is_whole_and_durable_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `work` on a node's own disk and the output on another: a copy lost with the power would be lost for good."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        file, place = Path(elsewhere, "made"), tmp_path / "place"
+        assert os.stat(elsewhere).st_dev != tmp_path.stat().st_dev, "this test needs /dev/shm to be another file system"
+        file.write_bytes(b"shard" * 1000)
+        synced = []
+        sync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), sync(number)))
+        move_file(file, place)
+        assert (place.read_bytes(), file.exists()) == (b"shard" * 1000, False)
+        assert synced == [place.stat().st_ino, tmp_path.stat().st_ino]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["place"]
