@@ -6,6 +6,7 @@ else is a defect of ours and keeps its traceback.
 
 import argparse
 import errno
+import io
 import os
 import re
 import select
@@ -42,7 +43,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
 
     Ctrl-C exits with 130.
     """
-    _open_closed_streams()
+    _prepare_streams()
     code: int | None = None
     try:
         code = main(sys.argv[1:] if argv is None else argv)
@@ -64,13 +65,15 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     raise SystemExit(code or 0)
 
 
-def _open_closed_streams() -> None:
+def _prepare_streams() -> None:
     """Give closed standard streams (`2>&-`) to /dev/null; else the next file to be opened takes their number."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a locale without a character ends nothing
 
 
 def _nobody_reads(stream: TextIO) -> bool:

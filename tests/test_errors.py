@@ -73,6 +73,7 @@ TABLE = [
     ("train.main", [TRAIN, "save_folder='~/run'"], "setting `save_folder`: '~/run' must be a path as it is, without ~"),
     ("train.main", [TRAIN, 'cache="a\\0b"'], "setting `cache`: .* must be a path as it is, without ~ or a NUL"),
     ("train.main", [TRAIN, "optimizer.clip_norm=0"], "`optimizer.clip_norm` is 0.0; it is above 0"),
+    ("train.main", [TRAIN, "model.attention_dropout=2"], "`model.attention_dropout` is 2; it is from 0 to 1"),
     ("train.main", [TRAIN, "scheduler.final=2"], "`scheduler.final` is 2.0; it is from 0 to 1"),
     ("train.main", [TRAIN, "run_name=''"], "setting `run_name` is empty"),
     ("train.main", [TRAIN, "eval.seq_lens={}"], "`eval` holds a list for a mapping, or a mapping for a list"),

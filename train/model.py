@@ -219,6 +219,7 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
                     "eos_token_id": eos_id,
                     "pad_token_id": pad_id if pad_id >= 0 else None,
                     **options,
+                    "return_dict": True,  # the logits are read by their name
                 },
             )
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, torch_dtype=torch.float32)

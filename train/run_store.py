@@ -1,8 +1,11 @@
 """A remote `save_folder`: its checkpoints, and the run's own files beside them."""
 
+import json
 import re
+from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +52,14 @@ class RunStore:
         """Bring the run's own files into `folder` for a start at `step`.
 
         Another machine may have gone on since this one did: the store's copy counts, unless it ends before `step` and
-        the local one reaches further.
+        the local one reaches further. For a start at 0 the longer one counts, to be kept as `.old`.
         """
         folder = folder.absolute()  # Composer 0.32.1 joins a relative name to its folder once more on OCI
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.names.intersection(RUN_FILES):
             copy, ours = folder / f".{file}.fetched", folder / file
             self.store.download_object(self.prefix + file, copy, overwrite=True)
-            if file == "config.json" or _lines(copy) >= min(_lines(ours), step):
+            if file == "config.json" or _end(copy) >= min(_end(ours), step or inf):
                 copy.replace(ours)
             else:
                 copy.unlink()
@@ -93,12 +96,15 @@ def run_folder(run_name: str, save_folder: str) -> Path:
     return Path("runs", f"{run_name}-{sha256(save_folder.rstrip('/').encode()).hexdigest()[:8]}")
 
 
-def _lines(path: Path) -> int:
-    """Whole lines of a JSON-lines file."""
+def _end(path: Path) -> float:
+    """One past the last step of a JSON-lines file; of starts.jsonl, which has no line for each, its whole lines."""
     if not path.exists():
         return 0
-    with path.open("rb") as lines:
-        return sum(line.endswith(b"\n") for line in lines)
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):  # the last may be damaged
+            return int(json.loads(line)["step"]) + 1
+    return len(lines)
 
 
 def _words(error: Exception) -> str:

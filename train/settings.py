@@ -156,6 +156,11 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
         "generate.interval": (settings.generate.interval, 0, inf),
         "generate.max_new_tokens": (settings.generate.max_new_tokens, 1, 2**20),
         "dist_timeout": (settings.dist_timeout, 1, 10**7),
+        **{
+            f"model.{key}": (value, 0, 1)
+            for key, value in settings.model.items()
+            if "drop" in key and isinstance(value, int | float)
+        },
     }
     for key, (number, least, most) in ranges.items():
         if number is not None and not least <= number <= most:  # nan is neither

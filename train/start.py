@@ -67,7 +67,7 @@ def choose_start(settings: TrainSettings, folder: Path) -> Start:
             f"this config starts at step {settings.min_start_step} or later, from a checkpoint in "
             f"{settings.save_folder}, but {there}: run the phase before first"
         )
-    if store and found:
+    if store:
         store.fetch_files(folder, start.step)
     return start
 

@@ -191,6 +191,17 @@ def test_streams_that_are_closed_or_full_do_not_change_how_a_command_ends(closed
     assert (found.returncode, "Traceback" in found.stderr) == (wanted, False), found.stderr
 
 
+def test_a_locale_without_a_character_ends_nothing() -> None:
+    main = "from chimera.cli import run\ndef main(argv):\n    print('perch\\u00e9')\nrun(main, [])"
+    found = subprocess.run(
+        [sys.executable, "-c", main],
+        cwd=builds.ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (found.returncode, found.stdout) == (0, b"perch\\xe9\n"), found.stderr
+
+
 def test_a_second_builder_with_another_work_folder_is_refused(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,11 @@ def test_weights_are_float32_whatever_the_configuration_says():
     assert {p.dtype for p in tiny(torch_dtype="bfloat16").parameters()} == {torch.float32}
 
 
+def test_logits_are_found_whatever_the_configuration_returns():
+    ids = torch.arange(8)[None]
+    assert tiny(return_dict=False).logits({"input_ids": ids, "position_ids": ids}).shape == (1, 8, 128)
+
+
 def test_a_model_is_read_from_a_local_folder_and_its_vocabulary_grown(tmp_path):
     first = tiny()
     first.model.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from tests.convert.s3_server import S3Server
 from tests.train.conftest import steps_of, weights_of
 from train.export_hf import main as export
 from train.main import main
-from train.run_store import run_folder
+from train.run_store import RunStore, run_folder
 
 
 @pytest.fixture
@@ -106,6 +106,42 @@ def test_runs_of_one_name_in_two_stores_share_nothing(overrides, tmp_path, monke
     one, two = (steps_of(run_folder("a", f"s3://bucket/{name}")) for name in ("one", "two"))
     assert (len(one), len(two)) == (5, 5)
     assert not {line["digest"] for line in one} & {line["digest"] for line in two}
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    ("there", "here", "start", "kept"),
+    [
+        (range(20), range(10), 20, "there"),  # another machine went on
+        (range(10), range(15), 15, "here"),  # the store's copy was not sent any more
+        (range(10, 20), range(10, 22), 15, "there"),  # of a branch: its lines are fewer than its steps
+        (range(10), range(0), 0, "there"),  # the checkpoints are gone: to be kept as `.old`
+        (range(10), range(12), 0, "here"),
+    ],
+)
+def test_of_two_copies_of_the_steps_the_one_that_counts_is_kept(tmp_path, there, here, start, kept):
+    texts = {
+        name: "".join(f'{{"step": {step}, "of": "{name}"}}\n' for step in steps)
+        for name, steps in (("there", there), ("here", here))
+    }
+    for name in texts:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "steps.jsonl").write_text(texts[name])
+    RunStore("s3://bucket/run").push_files(tmp_path / "there")
+    RunStore("s3://bucket/run").fetch_files(tmp_path / "here", start)
+    assert (tmp_path / "here/steps.jsonl").read_text() == texts[kept]
+
+
+@pytest.mark.usefixtures("s3")
+def test_steps_in_a_store_without_checkpoints_are_kept_as_old(overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/steps.jsonl").write_text('{"step": 0}\n')
+    RunStore("s3://bucket/a").push_files(tmp_path / "before")
+    main([*overrides("unused"), "save_folder=s3://bucket/a", "max_duration=2ba", "run_name=a"])
+    local = run_folder("a", "s3://bucket/a")
+    assert (local / "steps.jsonl.old").read_text() == '{"step": 0}\n'
+    assert [line["step"] for line in steps_of(local)] == [0, 1]
 
 
 @pytest.mark.usefixtures("s3")
