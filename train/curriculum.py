@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chimera.cli import UserError, one_line, say
 from train.collate import Marks, StepInfo, collate, cut_tokens, trained_tokens, view_sequences
 from train.mixture import MixtureDataset
-from train.model import check_causal, check_document_mask, logits_alone
+from train.model_checks import check_causal, check_document_mask, logits_alone
 from train.schedule import Plan
 from train.settings import TrainSettings
 

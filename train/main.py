@@ -166,7 +166,8 @@ def build_trainer(
     from train.curriculum import Curriculum, MixtureLoader, count_samples, count_tokens, microbatch
     from train.evaluate import Generate, evaluators
     from train.mixture import MixtureDataset
-    from train.model import build_model, check_parallelism, check_pretrained, check_tokens
+    from train.model import build_model
+    from train.model_checks import check_parallelism, check_pretrained, check_tokens
     from train.monitor import Monitor, set_aside
     from train.ranks import together
 

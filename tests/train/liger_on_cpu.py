@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from train.model import CausalLM, build_model, check_document_mask
+from train.model import CausalLM, build_model
+from train.model_checks import check_document_mask
 from train.settings import TrainSettings
 
 

@@ -5,16 +5,8 @@ import torch
 
 from chimera.cli import UserError
 from train.collate import IGNORED, trained_tokens
-from train.model import (
-    CausalLM,
-    Perplexity,
-    TokenLoss,
-    build_model,
-    check_causal,
-    check_document_mask,
-    check_tokens,
-    token_losses,
-)
+from train.model import CausalLM, Perplexity, TokenLoss, build_model, token_losses
+from train.model_checks import check_causal, check_document_mask, check_tokens
 from train.settings import TrainSettings
 
 TINY = {
