@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from chimera.cli import UserError
 from chimera.stores import check_writable, is_remote
 from convert.documents import IM_END
@@ -25,7 +23,7 @@ _RUNNING = ("output", "workers", "engine", "ray_address", "work", "stall_after",
 
 @dataclass
 class TokenizerSettings:
-    path: str = MISSING  # a folder with a tokenizer.json, or that file
+    path: str = ""  # to be given: a folder with a tokenizer.json, or that file
     eos_token: str = "<|endoftext|>"
     pad_token: str = "<|padding|>"
 
@@ -54,7 +52,7 @@ class StreamSettings:
 
 @dataclass
 class BuildSettings:
-    output: str = MISSING
+    output: str = ""  # to be given
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     block_len: int = 1024
     compression: str | None = "zstd:3"
@@ -152,7 +150,7 @@ def stream_name(name: str) -> bool:
 
 def _check_build(settings: BuildSettings) -> None:
     for key, value in (("output", settings.output), ("tokenizer.path", settings.tokenizer.path)):
-        if value in (MISSING, ""):
+        if not value:
             raise UserError(f"setting `{key}` is missing")
         _path(key, value)
     _path("work", settings.work or "")
