@@ -88,7 +88,9 @@ def build(settings: Any) -> None:
     for name, stream in manifest["streams"].items():
         train, rows = stream["train"], stream["rows"]
         counts = f"{train['tokens']} tokens in {train['blocks']} blocks"
-        say(f"{name}: {rows['documents']} documents of {rows['read']} rows, {counts}")
+        limit = settings.streams[name].max_tokens
+        short = f" (all there are: max_tokens is {limit})" if limit and train["tokens"] < limit else ""
+        say(f"{name}: {rows['documents']} documents of {rows['read']} rows, {counts}{short}")
 
 
 def entry() -> None:

@@ -87,8 +87,6 @@ def test_max_tokens_ends_behind_the_document_that_reaches_it(sources: Path, tmp_
 def test_max_tokens_does_not_depend_on_which_part_ends_first(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convert import engine
-
     settings = builds.config(sources, tmp_path / "out", part_bytes=4000)
     settings["streams"] = {"limited": settings["streams"]["limited"]}
     builds.build_here(settings)
@@ -96,12 +94,21 @@ def test_max_tokens_does_not_depend_on_which_part_ends_first(
         monkeypatch.setattr(builds, "Inline", lambda work, slots=slots: _Backwards(work, slots), raising=True)
         builds.build_here({**settings, "output": str(tmp_path / f"back{slots}")})
         assert builds.tree(tmp_path / f"back{slots}") == builds.tree(tmp_path / "out")
-    assert engine.make_engine.__name__ == "make_engine"
 
 
 class _Backwards(builds.Inline):
     def __init__(self, work: Path, slots: int) -> None:
         super().__init__(work, slots, last_first=True)
+
+
+def test_a_source_that_ends_before_max_tokens_is_said(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = builds.config(sources, tmp_path / "out")
+    settings["streams"] = {"columns": {**settings["streams"]["columns"], "max_tokens": 10**9}}
+    train = builds.build_here(settings)["streams"]["columns"]["train"]
+    said = f"{train['tokens']} tokens in {train['blocks']} blocks (all there are: max_tokens is {10**9})"
+    assert said in capsys.readouterr().err
 
 
 BAD_LINES = {
