@@ -86,11 +86,23 @@ def build(settings: Any) -> None:
         manifest = publish(plan, planned, parts, work, output)
         shutil.rmtree(work)
     for name, stream in manifest["streams"].items():
-        train, rows = stream["train"], stream["rows"]
-        counts = f"{train['tokens']} tokens in {train['blocks']} blocks"
-        limit = settings.streams[name].max_tokens
-        short = f" (all there are: max_tokens is {limit})" if limit and train["tokens"] < limit else ""
-        say(f"{name}: {rows['documents']} documents of {rows['read']} rows, {counts}{short}")
+        say(f"{name}: {_summary(stream, settings.streams[name].max_tokens)}")
+
+
+def _summary(stream: dict[str, Any], limit: int | None) -> str:
+    """What became of a stream's rows, from its part of the manifest."""
+    rows, train = stream["rows"], stream["train"]
+    dropped = [
+        f"{kind}: {', '.join(f'{count} {reason}' for reason, count in rows[kind].items())}"
+        for kind in ("filtered", "rejected")
+        if rows[kind]
+    ]
+    reasons = f" ({'; '.join(dropped)})" if dropped else ""
+    short = f", all there are (max_tokens: {limit})" if limit and train["tokens"] < limit else ""
+    return (
+        f"{rows['documents']} documents of {rows['read']} rows{reasons}; to train on: {train['tokens']} tokens in "
+        f"{train['blocks']} blocks{short}"
+    )
 
 
 def entry() -> None:

@@ -107,7 +107,7 @@ def test_a_source_that_ends_before_max_tokens_is_said(
     settings = builds.config(sources, tmp_path / "out")
     settings["streams"] = {"columns": {**settings["streams"]["columns"], "max_tokens": 10**9}}
     train = builds.build_here(settings)["streams"]["columns"]["train"]
-    said = f"{train['tokens']} tokens in {train['blocks']} blocks (all there are: max_tokens is {10**9})"
+    said = f"; to train on: {train['tokens']} tokens in {train['blocks']} blocks, all there are (max_tokens: {10**9})"
     assert said in capsys.readouterr().err
 
 
