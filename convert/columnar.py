@@ -29,6 +29,7 @@ LARGEST_FOOTER = 32 << 20  # bytes: Arrow takes up to ten times as much for what
 _BUFFER = 1 << 20  # bytes of a parquet column read at a time
 _END = 1 << 16  # bytes of a file that Arrow reads first, to find the footer
 _CHAT_COLUMNS = ("messages", "instruction", "input", "output")
+_MESSAGE_FIELDS = ("role", "content")
 
 
 def conversation_columns(names: list[str]) -> list[str]:
@@ -52,7 +53,7 @@ def open_parquet(name: str, file: BinaryIO) -> Any:
             f"{name}: its footer of {footer >> 20} MiB is too large for a worker's memory: write the file again with "
             "larger row groups or fewer columns"
         )
-    return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+    return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
 
 
 def column_bytes(group: Any, columns: list[str]) -> int:
@@ -93,7 +94,7 @@ def parquet_rows(
         if passed <= number:
             continue
         if column_bytes(meta.row_group(group), columns) <= ARROW_BYTES:
-            values = _rows_of_group(parquet, group, columns, skip)
+            values = _rows_of_small_group(parquet, file, group, columns, skip, scratch)
         else:
             values = _rows_of_large_group(parquet, file, span.file, group, columns, skip, scratch)
         for value in values:
@@ -102,7 +103,7 @@ def parquet_rows(
             del value, raw
             yield row
             number += 1
-        if number != passed:  # seen of Arrow: a row with a list that fills the only page of its row group
+        if number != passed:
             raise ValueError(f"of the {in_group} rows of row group {group} {passed - number} did not come")
 
 
@@ -113,7 +114,19 @@ def _rows_of_group(parquet: Any, group: int, columns: list[str], skip: int) -> I
     if size < LONG_ROW:  # as it seems: of equal values the dictionary holds one
         size = next((batch.nbytes for batch in read(batch_size=1)), 0)
     for batch in bounded(read, BATCH_ROWS if size < LONG_ROW else 1, skip):
-        yield from columns_as_rows(batch)
+        yield from columns_as_rows(batch.select(columns))  # of a column `a.b` a struct `a` with a field `b` comes too
+
+
+def _rows_of_small_group(
+    parquet: Any, file: BinaryIO, group: int, columns: list[str], skip: int, scratch: Path | None
+) -> Iterator[object]:
+    none_came = skip == 0
+    for row in _rows_of_group(parquet, group, columns, skip):
+        none_came, held = False, [row]
+        del row
+        yield held.pop()
+    if none_came:  # pyarrow 25 passes over a row group's only row where a list of it fills the page to its limit
+        yield from streamed_rows(file, parquet, group, columns, skip, scratch)
 
 
 def _rows_of_large_group(
@@ -164,11 +177,13 @@ def columns_as_rows(batch: Any) -> Iterator[object]:
     """
     import pyarrow as pa
 
-    batch = batch.cast(pa.schema([pa.field(field.name, _as_binary(field.type)) for field in batch.schema]))
-    nested = [name for name in batch.schema.names if pa.types.is_nested(batch.schema.field(name).type)]
+    schema = pa.schema([pa.field(field.name, _as_binary(field.type)) for field in batch.schema])
+    nested = [field.name for field in schema if pa.types.is_nested(field.type)]
+    shared = any(_shares(field.type) for field in batch.schema)
+    batch = batch if shared else batch.cast(schema)
     count = batch.num_rows
     for i in range(count):
-        row = [_row(batch, i, nested)]
+        row = [_row(batch.slice(i, 1).cast(schema), 0, nested) if shared else _row(batch, i, nested)]
         if i == count - 1:
             del batch  # which may be of one row: not to hold it twice
         yield row.pop()
@@ -179,23 +194,38 @@ def _row(batch: Any, i: int, nested: list[str]) -> object:
         return Dropped("rejected", "row_too_long")
     if any(_values(batch.column(name).slice(i, 1)) > MOST_VALUES for name in nested):
         return Dropped("rejected", "too_many_values")
-    return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+    try:
+        return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+    except (ValueError, OverflowError, LookupError):  # a date, duration or time zone that Python has not
+        return Dropped("rejected", "wrong_type")
 
 
 def _as_binary(form: Any) -> Any:
-    """An Arrow type with its strings as bytes."""
+    """An Arrow type with its strings as bytes, each in a place of its own, and of messages what is read of them."""
     import pyarrow as pa
 
+    if pa.types.is_dictionary(form):
+        return _as_binary(form.value_type)
     if pa.types.is_string(form):
         return pa.binary()
-    if pa.types.is_large_string(form):
+    if pa.types.is_large_string(form) or pa.types.is_string_view(form) or pa.types.is_binary_view(form):
         return pa.large_binary()
     if pa.types.is_struct(form):
-        return pa.struct([field.with_type(_as_binary(field.type)) for field in form])
+        fields = [field for field in form if field.name in _MESSAGE_FIELDS] or list(form)
+        return pa.struct([field.with_type(_as_binary(field.type)) for field in fields])
     if pa.types.is_list(form) or pa.types.is_large_list(form):
         of = pa.large_list if pa.types.is_large_list(form) else pa.list_
         return of(form.value_field.with_type(_as_binary(form.value_type)))
     return form
+
+
+def _shares(form: Any) -> bool:
+    """Whether values of an Arrow type may lie in one place of memory, so that bytes of their own would be many more."""
+    import pyarrow as pa
+
+    if pa.types.is_nested(form):
+        return any(_shares(form.field(i).type) for i in range(form.num_fields))
+    return bool(pa.types.is_dictionary(form) or pa.types.is_string_view(form) or pa.types.is_binary_view(form))
 
 
 def _values(column: Any) -> int:

@@ -70,6 +70,8 @@ def _size(value: Any) -> int:
 def _column(field: Any, leaves: list[Leaf], skip: int) -> Iterator[Any]:
     """A column's value of each row: bytes, a list of mappings to bytes, `None` or `Dropped`."""
     if _is_text(field.type):
+        if len(leaves) > 1:  # the other is a field of a struct
+            raise Unknown(f"two columns of the path {field.name}")
         return map(_text, leaves[0].values(skip))
     import pyarrow as pa
 
