@@ -5,13 +5,13 @@ row of 100 MB stays within a worker's memory.
 """
 
 import csv
-import functools
 import itertools
 import re
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
 
+from chimera.cli import UserError
 from convert.documents import LONG_LINE, Dropped, parse_line
 from convert.reading import BOM, LONGEST_LINE, RAW_SHOWN, Position, Row, Span, jsonl_rows, open_lines, read_line
 from convert.sources import check_columns
@@ -20,6 +20,9 @@ BITE = 1 << 20  # bytes of an array read at a time
 _FORMAT = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|bz2|xz))?$")
 _MARK = re.compile(rb'["\[\]{},]')
 _QUOTED = re.compile(rb'["\\]')
+_LONE_CR = re.compile(r"\r(?!\n)")
+_NUL = "\u0100"  # stands for it: Python 3.10's csv module refuses it, later ones do not
+_MORE_FIELDS = 1 << 16  # than any file names
 
 
 def is_text(file: str) -> bool:
@@ -30,7 +33,8 @@ def is_text(file: str) -> bool:
 def rows_of_text(span: Span, column: str | None, start: Position, below: BufferedReader) -> Iterator[Row]:
     """The rows of a whole file, open as `below`, from `start` on; `column` as for `rows_of_file`.
 
-    Raises `ValueError` and `EOFError` for a damaged file, `UserError` for columns that are not there.
+    Raises `ValueError` and `EOFError` for a damaged file, `UserError` for columns that are not there and where rows
+    cannot be told apart: a quote that is not closed, more behind an array.
     """
     found = _FORMAT.search(span.file)
     kind = found[1] if found else None
@@ -45,7 +49,7 @@ def rows_of_text(span: Span, column: str | None, start: Position, below: Buffere
         file = open_lines(span, below, Position())[0]
         begun = file.peek(1).removeprefix(BOM).lstrip()[:1]
         if begun == b"[":
-            yield from _array_rows(start.number, file)
+            yield from _array_rows(span.file, start.number, file)
         else:
             below.seek(0)
             yield from jsonl_rows(span, start, below)
@@ -56,29 +60,34 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BufferedReader) -
     csv.field_size_limit(LONGEST_LINE)
     if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))
-    lines = iter(functools.partial(_csv_line, file, span.delimiter), "")
+    lines = _CsvLines(file, span.delimiter)
     names = [name.encode("latin-1").decode() for name in next(csv.reader(lines, delimiter=span.delimiter), [])]
     wanted = check_columns(span.file, names, column)
     reader = csv.reader(lines, delimiter=span.delimiter)
     for number in itertools.count():
         value: Any
-        size = 0
+        size = lines.given = 0
         try:
             fields = next(reader)
-            if not fields:  # a blank line
-                value = None
-            elif len(fields) > len(names):
-                value = Dropped("rejected", "unparseable")
-            else:
-                size = sum(map(len, fields))
-                row = dict(zip(names, fields, strict=False))
-                value = {name: row[name].encode("latin-1") for name in wanted if name in row}
-                del row
-            del fields
+            if lines.ended:  # the reader looks for more lines where a quote is open, and only there
+                raise csv.Error
         except StopIteration:
             return
-        except csv.Error:
+        except csv.Error:  # or a field above the limit, which lines are not
+            raise UserError(
+                f"{span.file}: the quote that row {number} opens is not closed, so no row behind it can be told from "
+                "its text: mend the file or take another source"
+            ) from None
+        if not fields:  # a blank line
+            value = None
+        elif len(fields) > len(names):
             value = Dropped("rejected", "unparseable")
+        else:
+            size = sum(map(len, fields))
+            row = dict(zip(names, fields, strict=False))
+            value = {name: row[name].replace(_NUL, "\0").encode("latin-1") for name in wanted if name in row}
+            del row
+        del fields
         if size > LONG_LINE:
             # The last one keeps 4 bytes for each character of its longest field.
             reader = csv.reader(lines, delimiter=span.delimiter)
@@ -88,17 +97,59 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BufferedReader) -
         del value
 
 
-def _csv_line(file: BufferedReader, delimiter: str) -> str:
-    """The next line, one character a byte; nothing at the end."""
-    line, size = read_line(file)
-    if line is None:  # whatever row this belongs to is rejected, for its NUL or for its number of fields
-        return "\0" + delimiter * 1000 + "\n"
-    return line.decode("latin-1") if size else ""
+class _CsvLines:
+    """The lines of a CSV file, one character a byte; each ends in a newline, a carriage return or both.
+
+    For one too long another comes, with so many fields that its row is rejected. Raises `csv.Error` where a quote is
+    open before or behind it: its end is not known then.
+    """
+
+    def __init__(self, file: BufferedReader, delimiter: str) -> None:
+        self._file, self._delimiter = file, delimiter
+        self._found: Iterator[str] = iter(())
+        self.given = 0  # lines of the row at hand, as who reads them has it
+        self.ended = False
+
+    def __iter__(self) -> "_CsvLines":
+        return self
+
+    def __next__(self) -> str:
+        while (line := next(self._found, None)) is None:
+            self._found = self._read()
+        self.given += 1
+        return line
+
+    def _read(self) -> Iterator[str]:
+        quotes = 0
+
+        def count(part: bytes) -> None:
+            nonlocal quotes
+            quotes += part.count(b'"')
+
+        line, size = read_line(self._file, count)
+        if not size:
+            self.ended = True
+            raise StopIteration
+        if line is not None:
+            return _parted(line.decode("latin-1").replace("\0", _NUL))
+        if self.given or quotes % 2:
+            raise csv.Error
+        return iter([self._delimiter * _MORE_FIELDS])
 
 
-def _array_rows(skip: int, file: BufferedReader) -> Iterator[Row]:
+def _parted(line: str) -> Iterator[str]:
+    """A line cut behind its carriage returns."""
+    begin = 0
+    for end in _LONE_CR.finditer(line):
+        yield line[begin : end.end()]
+        begin = end.end()
+    if begin < len(line):
+        yield line[begin:]
+
+
+def _array_rows(name: str, skip: int, file: BufferedReader) -> Iterator[Row]:
     number = 0
-    for item in _items(file):
+    for item in _items(name, file):
         number += 1
         if number <= skip:
             continue
@@ -110,8 +161,11 @@ def _array_rows(skip: int, file: BufferedReader) -> Iterator[Row]:
         yield row
 
 
-def _items(file: BufferedReader) -> Iterator[bytes | None]:
-    """The items of the JSON array in a file, as they stand there; `None` for one longer than `LONGEST_LINE`."""
+def _items(name: str, file: BufferedReader) -> Iterator[bytes | None]:
+    """The items of the JSON array in a file, as they stand there; `None` for one longer than `LONGEST_LINE`.
+
+    Raises `UserError` naming the file (`name`) where more follows its end, as behind a bracket too many.
+    """
     depth, quoted, escaped, long = 0, False, False, False
     item = bytearray()
     while chunk := file.read(BITE):
@@ -136,6 +190,14 @@ def _items(file: BufferedReader) -> Iterator[bytes | None]:
                 if whole != [b""]:
                     yield whole.pop()
                 if depth == 0:
+                    rest = chunk[at:]
+                    while rest and not rest.strip():
+                        rest = file.read(BITE)
+                    if rest:
+                        raise UserError(
+                            f"{name}: more follows behind the bracket that closes its array: mend the file or take "
+                            "another source"
+                        )
                     return
         item += chunk[begin:]
         if len(item) > LONGEST_LINE:

@@ -137,14 +137,20 @@ def open_lines(span: Span, below: io.BufferedReader, start: Position) -> tuple[i
     return file, file.tell()
 
 
-def read_line(file: BinaryIO) -> tuple[bytes | None, int]:
-    """The next line with its newline and its bytes; `None` for one longer than `LONGEST_LINE`, which is skipped."""
+def read_line(file: BinaryIO, passed: Callable[[bytes], object] = len) -> tuple[bytes | None, int]:
+    """The next line with its newline and its bytes; `None` for one longer than `LONGEST_LINE`.
+
+    The bytes of such a line are not kept; `passed` is called with them, some at a time.
+    """
     line = file.readline(LONGEST_LINE)
     size = len(line)
     if size < LONGEST_LINE or line.endswith(b"\n"):
         return line, size
+    passed(line)
+    del line
     while True:
         rest = file.readline(1 << 20)
+        passed(rest)
         size += len(rest)
         if not rest or rest.endswith(b"\n"):
             return None, size

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chimera.cli import UserError
@@ -64,6 +64,7 @@ TROUBLE = st.sampled_from(
 
 
 @given(st.lists(TROUBLE, max_size=12), st.lists(TROUBLE, max_size=4), st.booleans())
+@example(["è", r"\udc8", "n"], [], True)
 def test_a_long_line_is_parsed_as_a_short_one(text: list[str], other: list[str], whole: bool) -> None:
     said = "".join(other)
     line = f'{{"{said}": ["", {{"a": "{said}"}}, 1], "text": "{"".join(text)}"{"}" * whole}'

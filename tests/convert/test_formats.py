@@ -76,11 +76,45 @@ def test_the_rows_of_csv_are_those_of_the_csv_module(table: list[tuple[str, str]
 def test_a_bad_row_of_csv_costs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "LONG_LINE", 3)
     monkeypatch.setattr(reading, "LONGEST_LINE", 100)
-    body = b'id,text\n1,one\n2,two,more\n3\n\n4,"fo\nur"\n5,' + b"x" * 200 + b"\n6,six\n"
+    body = b'id,text\n1,one\n2,two,more\n3\n\n4,"fo\nur"\n5,' + b"x" * 200 + b"\n6,six\n7," + b'"",' * 99 + b"\n8,a\0\n"
     found = [row.value for row in rows("a.csv", body)]
-    assert found == [{"text": b"one"}, UNPARSEABLE, {}, None, {"text": b"fo\nur"}, UNPARSEABLE, {"text": b"six"}]
+    good, short = [{"text": b"one"}, UNPARSEABLE, {}, None, {"text": b"fo\nur"}], [UNPARSEABLE, {"text": b"a\0"}]
+    assert found == [*good, UNPARSEABLE, {"text": b"six"}, *short]
     with pytest.raises(UserError, match=r"a\.csv has no column `body`: set `column` to one of id, text"):
         rows("a.csv", body, column="body")
+
+
+@pytest.mark.parametrize(
+    ("body", "row"),
+    [
+        (b'id,text\n1,a\n2,"b\n3,c\n4,d\n', 1),
+        (b'id,text\n1,a\n2,"b', 1),
+        (b'text,id\n"' + b"z" * 200 + b'\nfake row,9\nend",1\ngood,2\n', 0),
+        (b'id,text\n1,a\n2,"b\n' + b"z" * 200 + b'"\ngood,2\n', 1),
+        (b'id,text\n1,"' + b"line\n" * 40 + b'"\n2,good\n', 0),
+    ],
+)
+def test_behind_a_quote_that_is_not_closed_no_row_is_made_up(
+    body: bytes, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (formats, reading):
+        monkeypatch.setattr(module, "LONGEST_LINE", 100)
+    with pytest.raises(UserError, match=rf"a\.csv: the quote that row {row} opens is not closed"):
+        rows("a.csv", body)
+
+
+def test_a_carriage_return_ends_a_row_of_csv() -> None:
+    body = b'id,text\r1,a\r2,"b\rb\r\nb"\r\n3,c\r'
+    assert [row.value for row in rows("a.csv", body)] == [{"text": b"a"}, {"text": b"b\rb\r\nb"}, {"text": b"c"}]
+    assert starts_again_behind_any_row("a.csv", body)
+
+
+@pytest.mark.parametrize("more", [b'[{"text": "b"}]', b"]", b', {"text": "b"}]', b"}"])
+def test_what_follows_an_array_is_not_passed_over(more: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "BITE", 4)
+    assert [row.value for row in rows("a.json", b'[{"text": "a"}]' + b" \n" * 9)] == [{"text": "a"}]
+    with pytest.raises(UserError, match=r"a\.json: more follows behind the bracket that closes its array"):
+        rows("a.json", b'[{"text": "a"}]' + b" \n" * 9 + more)
 
 
 def test_lines_of_text_are_rows() -> None:
