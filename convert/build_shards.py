@@ -1,7 +1,6 @@
 """Entry point: text sources → MDS shards, as `shards.yaml` says. Killed at any moment, the same command goes on."""
 
 import argparse
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -60,22 +59,22 @@ def build(settings: Any) -> None:
     output = open_output(settings)
     if not settings.remote and not work.exists() and planning.finished(settings, output, digest):
         return  # which needs no permission to write there
-    work.mkdir(parents=True, exist_ok=True)
-    with journal.locked(work / "lock", wait=False) as free, output.held() as alone:
-        if not (free and alone):
+    with output.held() as alone, journal.lock_of(work) as free:
+        if not (alone and free):
             raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
         try:
             if planning.finished(settings, output, digest):
                 if (work / "plan.json").exists():
                     output.release()
-                shutil.rmtree(work)
+                journal.empty(work)
                 return
             plan = planning.current_plan(settings, work, output, digest)
         except BaseException:
             if not (work / "plan.json").exists():
-                shutil.rmtree(work)  # nothing has begun
+                journal.empty(work)  # nothing has begun
             raise
         output.claim(work, settings.rebuild)
+        plan = planning.cleared(plan, work, output)
         planned = load_plan(work)
         engine = make_engine(settings, work)
         try:
@@ -84,7 +83,7 @@ def build(settings: Any) -> None:
         finally:
             engine.close()
         manifest = publish(plan, planned, parts, work, output)
-        shutil.rmtree(work)
+        journal.empty(work)
     for name, stream in manifest["streams"].items():
         say(f"{name}: {_summary(stream, settings.streams[name].max_tokens)}")
 

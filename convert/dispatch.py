@@ -13,7 +13,7 @@ from convert import journal
 from convert.engine import Engine, Event, Task
 from convert.journal import PartState
 from convert.part import Progress, fits
-from convert.planned import StreamPlan, part_folder
+from convert.planned import StreamPlan
 
 MAX_LOSSES = 3  # times in a row one part may lose its worker without a commit in between
 
@@ -65,7 +65,7 @@ class StreamRun:
 
     def committed(self, index: int) -> PartState:
         """The state of a part at its last commit."""
-        return journal.load(part_folder(self._work, self.plan.name, index))[0]
+        return journal.load(self.plan.part_folder(self._work, index))[0]
 
     def _next(self) -> int | None:
         first = len(self.accepted)
@@ -119,6 +119,8 @@ class Dispatcher:
         finally:
             for run in self.runs.values():
                 run.bar.close()
+        if unfinished := [name for name, run in self.runs.items() if not run.finished]:
+            raise RuntimeError(f"parts of {', '.join(unfinished)} were not run")
         return {name: run.accepted for name, run in self.runs.items()}
 
     def _fill(self, engine: Engine) -> None:

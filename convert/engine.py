@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,7 +154,7 @@ class LocalEngine:
         ours, theirs = self._context.Pipe()
         threads = max(1, cores() // self.slots)  # of `tokenizers`, in each process
         process = self._context.Process(target=_work, args=(theirs, self._work), daemon=True)
-        with _environment(RAYON_NUM_THREADS=str(threads)):
+        with _environment(RAYON_NUM_THREADS=str(threads)), _without_interrupts():
             process.start()
         theirs.close()
         return process, ours
@@ -181,9 +182,19 @@ class _environment:
             os.environ.pop(key, None)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started inside the block hear no Ctrl-C, which the builder decides the meaning of."""
+    resource_tracker.ensure_running()  # which a first start would do, and lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(conn: Any, work: Path) -> None:
     """The life of a local worker: tasks in, events out, until the builder is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder decides what Ctrl-C means
     threading.Thread(target=_die_with_parent, daemon=True).start()
     from convert.part import run_part
 

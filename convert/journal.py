@@ -1,6 +1,6 @@
 """What of a part is done: one file, replaced whole at every commit, from which any process can go on.
 
-`work/STREAM/PART/state.npz` holds the position in the source, the counters, the index entries of the shards written
+`state.npz` in a part's folder holds the position in the source, the counters, the index entries of the shards written
 so far and the tokens not yet in a shard. Files in the folder that the state does not name are leftovers of a killed
 worker. A lock beside the folder keeps a worker that outlived its builder from writing into it.
 """
@@ -8,10 +8,13 @@ worker. A lock beside the folder keeps a worker that outlived its builder from w
 import fcntl
 import io
 import json
+import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -56,21 +59,31 @@ class PartState:
 
 
 def shard_keys(stream: str, split: str, state: PartState) -> list[str]:
-    """Where the shards of a part go, below the output."""
+    """Where the shards of a part's split go, below the output."""
     return [f"{stream}/{split}/{file_of(entry)['basename']}" for entry in state.splits[split].shards]
 
 
+def all_shard_keys(stream: str, state: PartState) -> list[str]:
+    return [key for split in SPLITS for key in shard_keys(stream, split, state)]
+
+
 def load(folder: Path) -> tuple[PartState, dict[str, Array]]:
-    """The last committed state of a part and its arrays; a fresh one where there is none."""
+    """The last committed state of a part and its arrays; a fresh one where there is none.
+
+    Raises `UserError` for a damaged one.
+    """
     try:
         data = (folder / "state.npz").read_bytes()
     except FileNotFoundError:
         return PartState(), {}
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    values = json.loads(arrays.pop("json").tobytes())
-    values["splits"] = {name: SplitState(**split) for name, split in values["splits"].items()}
-    return PartState(**values), arrays
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        values = json.loads(arrays.pop("json").tobytes())
+        values["splits"] = {name: SplitState(**split) for name, split in values["splits"].items()}
+        return PartState(**values), arrays
+    except (BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error) as error:
+        raise UserError(f"{folder}/state.npz is damaged ({error}): remove {folder} and run the command again") from None
 
 
 def save(folder: Path, state: PartState, arrays: dict[str, Array]) -> None:
@@ -92,6 +105,32 @@ def clean(folder: Path, state: PartState) -> None:
         if out.tell() < state.reject_bytes:
             raise UserError(f"{out.name} is shorter than it was: remove {folder} and run the same command again")
         out.truncate(state.reject_bytes)
+
+
+@contextmanager
+def lock_of(work: Path) -> Iterator[bool]:
+    """Hold the work folder, made if need be and removed if it ends empty; yields whether nobody else did."""
+    work.mkdir(parents=True, exist_ok=True)
+    lock = work / "lock"
+    try:
+        with locked(lock, wait=False) as free:
+            try:
+                yield free
+            finally:
+                if free and [*work.iterdir()] == [lock]:
+                    lock.unlink()
+    finally:
+        with suppress(OSError):  # it holds work; or it is a link
+            work.rmdir()
+
+
+def empty(work: Path) -> None:
+    """Remove what the work folder holds, but for its lock, which `lock_of` removes."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,13 @@ from typing import Protocol
 
 from chimera.cli import UserError, say
 from convert.journal import SENT, SPLITS
+from convert.planned import PARTS
 from convert.settings import BuildSettings
-from convert.shards import move_file, write_file
+from convert.shards import Json, digest, file_of, move_file, write_file
 from convert.store import Store
 
 CLAIM = "builder.json"  # while a build writes to a store: who it is
+_OURS = re.compile(r"index\.json|shard\.[\w.]+|\..+\.tmp")  # files of a split
 
 
 class Output(Protocol):
@@ -38,16 +41,24 @@ class Output(Protocol):
         """A file of any size, whole or not at all; `file` may be gone afterwards."""
         ...
 
-    def adopt(self, made: Path, key: str, size: int) -> None:
-        """Take over the finished shard `made` of `size` bytes as `key`; again after a kill."""
+    def adopt(self, made: Path, key: str, entry: Json) -> bool:
+        """Take the finished shard `made` as `key`; again after a kill. Whether what its index entry says is there."""
         ...
 
     def claim(self, work: Path, rebuild: bool) -> None:
-        """Refuse with `UserError` when another work folder's build has begun here."""
+        """Refuse with `UserError` when another work folder's build has begun here, or take over under `rebuild`."""
         ...
 
-    def clear(self, streams: Iterable[str], rebuild: bool) -> None:
-        """Make room for a new build of `streams`: remove an older one under `rebuild`, else refuse what is there."""
+    def check_free(self, streams: Iterable[str], rebuild: bool) -> None:
+        """Raise `UserError` where there is no room for a new build of `streams`; `rebuild` lets an older one go."""
+        ...
+
+    def clear(self, streams: Iterable[str]) -> None:
+        """Remove what an older build left of `streams`, the manifest first; again after a kill."""
+        ...
+
+    def prune(self, split: str, known: Iterable[str]) -> None:
+        """Remove what a build killed here left in `STREAM/SPLIT` beside the index and the shards in `known`."""
         ...
 
     @property
@@ -112,30 +123,45 @@ class FolderOutput:
         place.parent.mkdir(parents=True, exist_ok=True)
         move_file(file, place)
 
-    def adopt(self, made: Path, key: str, size: int) -> None:
-        place = self._root / key
+    def adopt(self, made: Path, key: str, entry: Json) -> bool:
+        place, file = self._root / key, file_of(entry)
         if made.exists():
             self.put(made, key)
-        if not place.exists() or place.stat().st_size != size:
-            raise UserError(f"{place} is missing or damaged: set `rebuild=true` and build again")
+            return place.stat().st_size == file["bytes"]
+        return place.exists() and all(digest(name, place.read_bytes()) == v for name, v in file["hashes"].items())
 
     def claim(self, work: Path, rebuild: bool) -> None:
         pass
 
-    def clear(self, streams: Iterable[str], rebuild: bool) -> None:
-        streams = list(streams)
-        taken = [self._root / name for name in streams if (self._root / name).exists()]
-        if taken and not rebuild:
-            raise UserError(f"{taken[0]} is not of this build: choose another `output` or set `rebuild=true`")
-        foreign = [file for folder in taken for file in folder.glob("*") if file.name not in SPLITS]
-        if foreign:
-            raise UserError(
-                f"{foreign[0]} was not made by a build: move it away before `rebuild=true` removes the rest"
-            )
+    def check_free(self, streams: Iterable[str], rebuild: bool) -> None:
+        for folder in [self._root / name for name in streams if os.path.lexists(self._root / name)]:
+            if not rebuild:
+                raise UserError(
+                    f"{folder} is not of this build, or of one with another `work`: choose another `output` or set "
+                    "`rebuild=true`"
+                )
+            if foreign := next(_foreign(folder), None):
+                raise UserError(
+                    f"{foreign} was not made by a build: move it away before `rebuild=true` removes the rest"
+                )
+
+    def clear(self, streams: Iterable[str]) -> None:
         (self._root / "manifest.json").unlink(missing_ok=True)  # first: nothing half removed may look whole
         for name in streams:
-            shutil.rmtree(self._root / name, ignore_errors=True)
+            for split in SPLITS:
+                self.prune(f"{name}/{split}", [])
+            _remove_folder(self._root / name)
             (self._root / "rejects" / f"{name}.jsonl.zst").unlink(missing_ok=True)
+
+    def prune(self, split: str, known: Iterable[str]) -> None:
+        folder, kept = self._root / split, {*known}
+        if kept:
+            kept.add("index.json")
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.name not in kept and _OURS.fullmatch(file.name):
+                file.unlink()
+        if not kept:
+            _remove_folder(folder)
 
     can_discard = True
 
@@ -144,6 +170,24 @@ class FolderOutput:
 
     def release(self) -> None:
         pass
+
+
+def _foreign(folder: Path) -> Iterator[Path]:
+    """What in a stream's folder no build makes."""
+    if not folder.is_dir():
+        yield folder
+        return
+    for split in folder.iterdir():
+        if split.name not in SPLITS or not split.is_dir():
+            yield split
+        else:
+            yield from (file for file in split.iterdir() if not (_OURS.fullmatch(file.name) and file.is_file()))
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove an empty folder; a link to one stays."""
+    if folder.is_dir() and not folder.is_symlink():
+        folder.rmdir()
 
 
 class StoreOutput:
@@ -173,33 +217,47 @@ class StoreOutput:
     def put(self, file: Path, key: str) -> None:
         self._store.put(file, key)
 
-    def adopt(self, made: Path, key: str, size: int) -> None:
-        if not made.with_name(made.name + SENT).exists():
-            raise UserError(f"{self.name}/{key} was not uploaded: remove {self._work} and build again")
+    def adopt(self, made: Path, key: str, entry: Json) -> bool:
+        return made.with_name(made.name + SENT).exists()
 
     def claim(self, work: Path, rebuild: bool) -> None:
         mine = work / "builder"
         if not mine.exists():
             write_file(mine, secrets.token_hex(8).encode())
         claim = json.dumps({"builder": mine.read_text()}).encode()
-        if self._store.get(CLAIM) not in (None, b"{}", claim) and not rebuild:
-            raise UserError(
-                f"another builder is writing {self.name}, or was stopped: wait for it or run its command again, or "
-                "take over with `rebuild=true`"
-            )
+        if self._store.get(CLAIM) not in (None, b"{}", claim):
+            if not rebuild:
+                raise UserError(
+                    f"another builder is writing {self.name}, or was stopped: wait for it or run its command again, or "
+                    "take over with `rebuild=true`"
+                )
+            for parts in work.glob(f"{PARTS}*"):  # first: its objects may lie in the places of those that were sent
+                shutil.rmtree(parts)
         self.write(CLAIM, claim)
         if self._store.get(CLAIM) != claim:
             raise UserError(f"another builder began to write {self.name} at the same time: wait for it")
 
-    def clear(self, streams: Iterable[str], rebuild: bool) -> None:
+    def check_free(self, streams: Iterable[str], rebuild: bool) -> None:
         """Objects cannot be removed on every store, so an older build must go before a new one of another shape."""
         if self._store.get("manifest.json") is not None:
             raise UserError(f"remove the objects below {self.name} before it is built anew")
-        for key in (f"{name}/{split}/index.json" for name in streams for split in SPLITS):
-            if not rebuild and self._store.get(key) is not None:
+        for key in self._indexes(streams):
+            if not (rebuild and self.can_discard) and self._store.get(key) is not None:
                 raise UserError(
-                    f"{self.name}/{key} is not of this build: choose another `output` or set `rebuild=true`"
+                    f"{self.name}/{key} is not of this build: choose another `output`, remove the objects below this "
+                    "one or, where the store's client can, set `rebuild=true`"
                 )
+
+    def clear(self, streams: Iterable[str]) -> None:
+        for key in self._indexes(streams) if self.can_discard else ():
+            self._store.delete(key)
+
+    def prune(self, split: str, known: Iterable[str]) -> None:
+        if not [*known] and self.can_discard:
+            self._store.delete(f"{split}/index.json")
+
+    def _indexes(self, streams: Iterable[str]) -> list[str]:
+        return [f"{name}/{split}/index.json" for name in streams for split in SPLITS]
 
     @property
     def can_discard(self) -> bool:

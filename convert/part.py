@@ -15,9 +15,9 @@ import numpy as np
 from convert import journal
 from convert.documents import Document, DocumentReader, Dropped
 from convert.encoding import Encoder
-from convert.journal import SPLITS, PartState, shard_keys
+from convert.journal import SPLITS, PartState, all_shard_keys, shard_keys
 from convert.packing import Packer
-from convert.planned import StreamPlan, encoder_of, load_plan, part_folder, shard_format
+from convert.planned import StreamPlan, encoder_of, load_plan, shard_format
 from convert.reading import Position, Row, reject_line
 from convert.settings import BuildSettings
 from convert.shards import Array
@@ -60,14 +60,14 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
     """
     build = load_plan(work)
     settings, plan = build.settings, build.streams[stream]
-    folder = part_folder(work, stream, index)
+    folder = plan.part_folder(work, index)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with journal.locked(folder.with_suffix(".lock"), wait=True):
         state, _ = journal.load(folder)
         store = worker_store(settings.output, work, settings.retries) if settings.remote else None
         if not fits(state, limit):
             if store:
-                for key in [key for split in SPLITS for key in shard_keys(stream, split, state)]:
+                for key in all_shard_keys(stream, state):
                     store.delete(key)
             shutil.rmtree(folder)
         for split in SPLITS:

@@ -5,6 +5,7 @@ revision, and a rerun with other settings, another tokenizer or changed files is
 """
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -16,7 +17,9 @@ import numpy as np
 from chimera.cli import UserError, say
 from convert.documents import Document, DocumentReader, Dropped
 from convert.encoding import Encoder, tokenizer_file
+from convert.journal import all_shard_keys, load
 from convert.outputs import Output
+from convert.planned import PARTS
 from convert.reading import Position
 from convert.settings import BuildSettings, StreamSettings, differences, identity, stream_name
 from convert.shards import Json, write_file
@@ -30,27 +33,52 @@ def current_plan(settings: BuildSettings, work: Path, output: Output, digest: st
     """The plan of the unfinished build in `work`, or a new one.
 
     Raises `UserError` when the output or the unfinished build has other settings, another tokenizer (`digest`) or
-    other files, unless `rebuild` is set: then what is there is removed first.
+    other files, unless `rebuild` is set: then `cleared` removes what is there.
     """
-    plan = parsed((work / "plan.json").read_bytes(), work) if (work / "plan.json").exists() else None
+    plan = _unfinished(work)
+    built = manifest_of(output)  # of another build, or this would be finished
     if plan is not None:
         found = changes(plan, settings, digest)
-        if not found:
+        if found and not settings.rebuild:
+            raise UserError(refusal(f"the unfinished build in {work}", found))
+        if not found and (built is None or plan.get("clearing")):
             say(f"going on with the unfinished build in {work}")
             if plan["running"] != (running := asdict(settings)):  # how it runs may change at any time
                 plan["running"] = running
                 write_file(work / "plan.json", plan_bytes(plan))
             return plan
-        if not settings.rebuild:
-            raise UserError(refusal(f"the unfinished build in {work}", found))
-    older = [old["streams"] for old in (plan, manifest_of(output)) if old]
+    older = {name for old in (plan, built) if old for name in (*old["streams"], *old.get("clearing", ()))}
     new = make_plan(settings, work)  # first: nothing is removed for sources that do not open
-    output.clear(sorted({*settings.streams, *(name for streams in older for name in streams)}), settings.rebuild)
-    (work / "plan.json").unlink(missing_ok=True)
-    shutil.rmtree(work / "parts", ignore_errors=True)
+    new["clearing"] = sorted(older | settings.streams.keys())
+    output.check_free(new["clearing"], settings.rebuild)
     write_file(work / "tokenizer.json", tokenizer_file(settings.tokenizer.path).read_bytes())
     write_file(work / "plan.json", plan_bytes(new))
     return new
+
+
+def _unfinished(work: Path) -> Json | None:
+    """The plan of an unfinished build, if there is one."""
+    if not (work / "plan.json").exists():
+        return None
+    plan = parsed((work / "plan.json").read_bytes(), work)
+    if not isinstance(plan, dict) or not {"id", "settings", "running", "tokenizer", "streams"} <= plan.keys():
+        raise UserError(f"{work}/plan.json is damaged: remove {work} and build again")
+    return plan
+
+
+def cleared(plan: Json, work: Path, output: Output) -> Json:
+    """The plan once what it replaces is removed. Until then it names those streams, for a rerun."""
+    if "clearing" not in plan:
+        return plan
+    output.clear(plan["clearing"])
+    for parts in work.glob(f"{PARTS}*"):
+        for state in parts.glob("*/*/state.npz") if output.can_discard else ():
+            for key in all_shard_keys(state.parents[1].name, load(state.parent)[0]):
+                output.discard(key)
+        shutil.rmtree(parts)
+    plan = {key: value for key, value in plan.items() if key != "clearing"}
+    write_file(work / "plan.json", plan_bytes(plan))
+    return plan
 
 
 def finished(settings: BuildSettings, output: Output, digest: str) -> bool:
@@ -120,6 +148,7 @@ def make_plan(settings: BuildSettings, work: Path) -> Json:
     """What every stream reads and how, from opening its source. Raises `UserError` where one does not open."""
     encoder = Encoder.from_settings(settings.tokenizer)
     return {
+        "id": secrets.token_hex(8),
         "settings": identity(settings),
         "running": asdict(settings),
         "tokenizer": describe_tokenizer(settings, encoder),

@@ -5,13 +5,14 @@ Every step can be done again, so a build killed while publishing goes on publish
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from chimera.cli import UserError
 from convert import journal
-from convert.journal import SPLITS, PartState, shard_keys
+from convert.journal import SPLITS, PartState, all_shard_keys, shard_keys
 from convert.outputs import Output
-from convert.planned import PlannedBuild, StreamPlan, part_folder
+from convert.planned import PlannedBuild, StreamPlan
 from convert.settings import BuildSettings
 from convert.shards import Json, digest, file_of, index_bytes
 from convert.sources import changed_files
@@ -23,24 +24,41 @@ def publish(plan: Json, build: PlannedBuild, parts: dict[str, list[PartState]], 
     manifest = make_manifest(plan, build.settings, parts)
     check_sums(manifest)
     check_streams(manifest)
+    _adopt(build, parts, work, output)
     for name, states in parts.items():
+        stream = build.streams[name]
+        for index in range(len(states), len(stream.parts)):  # parts that ran ahead of `max_tokens`
+            for key in all_shard_keys(name, journal.load(stream.part_folder(work, index))[0]):
+                output.discard(key)
         for split in SPLITS:
-            entries = []
-            for index, state in enumerate(states):
-                for entry, key in zip(state.splits[split].shards, shard_keys(name, split, state), strict=True):
-                    file = file_of(entry)
-                    output.adopt(part_folder(work, name, index) / split / file["basename"], key, file["bytes"])
-                    entries.append(entry)
-            for index in range(len(states), len(build.streams[name].parts)):  # parts that ran ahead of `max_tokens`
-                for key in shard_keys(name, split, journal.load(part_folder(work, name, index))[0]):
-                    output.discard(key)
+            entries = [entry for state in states for entry in state.splits[split].shards]
             if entries:
                 output.write(f"{name}/{split}/index.json", index_bytes(entries))
-        output.put(collect_rejects(build.streams[name], states, work), f"rejects/{name}.jsonl.zst")
+            output.prune(f"{name}/{split}", [file_of(entry)["basename"] for entry in entries])
+        output.put(collect_rejects(stream, states, work), f"rejects/{name}.jsonl.zst")
     output.write("tokenizer/tokenizer.json", (work / "tokenizer.json").read_bytes())
     output.write("manifest.json", manifest_bytes(manifest))
     output.release()
     return manifest
+
+
+def _adopt(build: PlannedBuild, parts: dict[str, list[PartState]], work: Path, output: Output) -> None:
+    """Bring the shards to the output; a part one of whose shards was there and is no more is to be made again."""
+    lost: dict[Path, str] = {}
+    for name, states in parts.items():
+        for index, state in enumerate(states):
+            folder = build.streams[name].part_folder(work, index)
+            for split in SPLITS:
+                for entry, key in zip(state.splits[split].shards, shard_keys(name, split, state), strict=True):
+                    if not output.adopt(folder / split / file_of(entry)["basename"], key, entry):
+                        lost[folder] = key
+    for folder in lost:
+        shutil.rmtree(folder)
+    if lost:
+        raise UserError(
+            f"{output.name}/{min(lost.values())} is missing or damaged since it was published: run the same command "
+            "again, which makes it anew"
+        )
 
 
 def make_manifest(plan: Json, settings: BuildSettings, parts: dict[str, list[PartState]]) -> Json:
@@ -154,7 +172,7 @@ def collect_rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> Pat
             for span, lines in zip(plan.parts[index].spans, state.lines, strict=False):
                 bases.append(lines_before.get(span.file, 0))
                 lines_before[span.file] = bases[-1] + lines
-            with open(part_folder(work, plan.name, index) / "rejects.jsonl", "rb") as file:
+            with open(plan.part_folder(work, index) / "rejects.jsonl", "rb") as file:
                 for line in file:
                     place, _, text = line.partition(b" ")
                     reject = json.loads(text)

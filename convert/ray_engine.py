@@ -39,7 +39,7 @@ class RayEngine:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"ray_address: no Ray cluster at {settings.ray_address}: {error}") from None
-        cpus = int(ray.cluster_resources().get("CPU", 1))
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.slots = cpus if settings.workers == "auto" else int(settings.workers)
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False

@@ -82,7 +82,7 @@ class BuildSettings:
         if self.work is None and not self.remote:
             return Path(self.output).absolute() / ".work"
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chimera"
-        output = self.output.rstrip("/") if self.remote else str(Path(self.output).absolute())
+        output = self.output.rstrip("/") if self.remote else os.path.realpath(self.output)
         return Path(self.work or cache).absolute() / f"build-{hashlib.sha256(output.encode()).hexdigest()[:16]}"
 
     @property

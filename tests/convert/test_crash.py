@@ -14,7 +14,7 @@ import pytest
 from convert import journal, splits
 from convert import part as part_module
 from convert.part import Progress, run_part
-from convert.planned import part_folder
+from convert.planned import load_plan
 from tests.convert import builds
 
 
@@ -82,7 +82,7 @@ def test_a_part_stopped_at_any_batch_goes_on_behind_its_last_shard(
     limit = settings["streams"][stream].get("max_tokens")
     moves: list[Progress] = []
     run_part(work, stream, 0, limit, moves.append)
-    folder = part_folder(work, stream, 0)
+    folder = load_plan(work).streams[stream].part_folder(work, 0)
     complete = _shards(folder)
     assert len(complete) > 3
     for stop in range(1, len(moves), 3):
@@ -128,7 +128,7 @@ def test_a_kill_costs_one_shard_however_many_a_document_fills(
 
     monkeypatch.setattr(splits, "write_shard", counted)
     run_part(work, "long", 0, None, lambda _: None)
-    folder = part_folder(work, "long", 0)
+    folder = load_plan(work).streams["long"].part_folder(work, 0)
     complete, shards = _shards(folder), list(made)
     assert len(shards) > 15
     for stop in range(0, len(shards), 3):
@@ -200,7 +200,7 @@ def test_a_stopped_build_says_so_and_goes_on(
 ) -> None:
     settings = builds.config(sources, tmp_path / "out")
     process = builds.start(settings, tmp_path)
-    _wait_for(lambda: any((tmp_path / "out" / ".work").glob("parts/*/*/state.npz")), process)
+    _wait_for(lambda: any((tmp_path / "out" / ".work").glob("parts-*/*/*/state.npz")), process)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said

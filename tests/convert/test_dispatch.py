@@ -11,7 +11,7 @@ from convert import dispatch
 from convert import part as part_module
 from convert.engine import Event, Task
 from convert.part import run_part
-from convert.planned import part_folder
+from convert.planned import load_plan
 from convert.settings import BuildSettings
 from tests.convert import builds
 
@@ -100,7 +100,7 @@ class _Dying(builds.Inline):
 
     def wait(self, seconds: float) -> list[Any]:
         task = self._tasks.pop(0)
-        state = part_folder(self._work, task.stream, task.part) / "state.npz"
+        state = load_plan(self._work).streams[task.stream].part_folder(self._work, task.part) / "state.npz"
         before = state.read_bytes() if state.exists() else b""
 
         def report(_: Any) -> None:

@@ -56,9 +56,9 @@ def test_a_build_on_two_nodes_one_of_them_killed_writes_the_same_bytes(
     killed: list[str] = []
 
     def kill_the_second_node() -> None:
-        parts = tmp_path / "out" / ".work" / "parts"
+        work = tmp_path / "out" / ".work"
         while process.poll() is None and not killed:
-            begun = list(parts.glob("columns/*"))
+            begun = list(work.glob("parts-*/columns/*"))
             for _ in range(2):  # those still going on when all were looked at are under way at once
                 begun = [f for f in begun if f.is_dir() and not journal.load(f)[0].done]
             if len(begun) >= 2:  # the first node works on one part at a time
