@@ -113,6 +113,35 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
     assert objects(s3) == wanted
 
 
+def test_a_builder_that_takes_its_place_back_trusts_no_object_of_the_other(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {**remote(sources, tmp_path, eval_fraction=0.3), "work": str(tmp_path / "elsewhere")}
+    for settings in (remote(sources, tmp_path), {**elsewhere, "rebuild": True}):
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "put", _stop_at("columns/train/index", Store.put))
+            with pytest.raises(KeyboardInterrupt):
+                builds.build_here(settings)
+    with pytest.raises(UserError, match="another builder is writing s3://bucket/"):
+        builds.build_here(remote(sources, tmp_path))
+    builds.build_here({**remote(sources, tmp_path), "rebuild": True})
+    assert {key: value for key, value in objects(s3).items() if key in wanted} == wanted
+    assert all("/shard." in key for key in objects(s3).keys() - wanted.keys())  # of the other, in no index
+
+
+def test_a_rebuild_over_an_unfinished_build_leaves_none_of_its_objects(
+    sources: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", _stop_at("manifest.json", Store.put))
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(remote(sources, tmp_path))
+    changes = {"eval_fraction": 0.0, "part_bytes": 1 << 20}
+    builds.build_here(remote(sources, tmp_path, rebuild=True, **changes))
+    builds.build_here(settings_for(sources, tmp_path / "out", **changes))
+    assert objects(s3) == builds.tree(tmp_path / "out")
+
+
 @pytest.mark.usefixtures("s3")
 def test_what_is_there_is_finished_or_refused(
     sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
