@@ -11,10 +11,12 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar, cast
+from types import UnionType
+from typing import Any, NoReturn, TextIO, TypeVar, cast, get_args, get_origin, get_type_hints
 
 Settings = TypeVar("Settings")
 
@@ -125,6 +127,8 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
                 OmegaConf.update(config, key, value, merge=not isinstance(value, list))
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
+        for key, value in _misread(schema, OmegaConf.to_container(config)):
+            raise UserError(f"{path}: setting `{key}`: YAML reads {value!r} where a text is wanted: put it in quotes")
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
@@ -134,6 +138,23 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
         key = _of_another_kind(OmegaConf.structured(schema), config)
         raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
     return cast(Settings, settings)
+
+
+def _misread(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The texts that YAML has read as something else, with their keys: `no` as False, `2024_10` as 202410."""
+    if kind is str and isinstance(value, (bool, int, float)):
+        yield key, value
+    elif is_dataclass(kind) and isinstance(value, dict):
+        for name, inner in get_type_hints(kind).items():
+            yield from _misread(inner, value.get(name), f"{key}.{name}".lstrip("."))
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _misread(get_args(kind)[1], inner, f"{key}.{name}")
+    elif get_origin(kind) is list and isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _misread(get_args(kind)[0], inner, f"{key}.{place}")
+    elif get_origin(kind) is UnionType and str in get_args(kind):
+        yield from _misread(str, value, key)
 
 
 def _of_another_kind(onto: Any, config: Any) -> str:

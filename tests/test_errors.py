@@ -99,6 +99,18 @@ TABLE = [
     ("train.main", [TRAIN, "phases.7.steps=1"], "override `phases.7.steps=1`"),
     # Building: settings
     ("convert.build_shards", [SHARDS, "output=''"], "setting `output` is missing"),
+    ("convert.build_shards", [SHARDS, "output=2024_10"], "setting `output`: YAML reads 202410 where a text is wanted"),
+    (
+        "convert.build_shards",
+        [SHARDS, f"{EN}.sources=[{{hub: a/b, subset: no}}]"],
+        "sources.0.subset`: YAML reads False",
+    ),
+    (
+        "convert.build_shards",
+        [SHARDS, f"{EN}.sources=[{{files: [a.jsonl, 1.5]}}]"],
+        "sources.0.files.1`: YAML reads 1.5",
+    ),
+    ("train.main", [TRAIN, "phases.0.name=on"], "setting `phases.0.name`: YAML reads True"),
     ("convert.build_shards", [SHARDS, "output=s3:/bucket/x"], "s3:/bucket/x is not an address to write to"),
     ("convert.build_shards", [SHARDS, "output=hf://datasets/me"], "hf://datasets/me is not an address to write to"),
     ("convert.build_shards", [SHARDS, "output=dbfs:/Volumes/a/b"], "dbfs:/Volumes/a/b is not an address to write to"),

@@ -78,7 +78,7 @@ class TrainSettings:
     run_name: str = "chimera"
     shards: str = "./data/shards"
     cache: str = "./cache"
-    cache_limit: str | None = None  # "200gb"
+    cache_limit: Any = None  # bytes, or "200gb"
     predownload: int = 8  # steps ahead
     num_workers: int = 0
     seed: int = 17
