@@ -1,7 +1,8 @@
 """Entry point: is every byte and every count of a finished build as the manifest says?
 
 Reads manifest, indexes, shards and reject files of a local or remote output without streaming's readers: hashes
-stored and raw, counts, ids, padding, ends of documents, assistant masks, and shows a decoded piece of each stream.
+stored and raw, counts, ids, padding, ends of documents, assistant masks, and shows a decoded piece of each stream. Of
+a folder, whatever else lies with the shards is wrong too.
 Exits with 1 when something is wrong, and with 2 when it cannot tell (no manifest, a store out of reach).
 """
 
@@ -14,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ class Root:
     def __init__(self, root: str, scratch: Path) -> None:
         self.root = root.rstrip("/")
         self._store = Store(self.root, scratch, retries=4) if is_remote(root) else None
+        self.seen: set[str] = set()
 
     def read(self, name: str) -> bytes:
         """The bytes of a file. Raises `Bad` when it is not there, `UserError` when the store is out of reach."""
+        self.seen.add(name)
         if self._store is not None:
             data = self._store.get(name)
             if data is None:
@@ -61,6 +64,14 @@ class Root:
             return (Path(self.root) / name).read_bytes()
         except OSError as error:
             raise Bad(f"{name}: cannot be read: {error.strerror}") from None
+
+    def strays(self, streams: Collection[str]) -> list[str]:
+        """Files of `streams`, and indexes of others, that were not read; what a store holds besides, nobody can ask."""
+        if self._store is not None:
+            return []
+        paths = [path.relative_to(self.root) for split in SPLITS for path in Path(self.root).glob(f"*/{split}/*")]
+        mine = {str(path) for path in paths if path.name == "index.json" or path.parts[0] in streams}
+        return sorted(mine - self.seen)
 
 
 @dataclass
@@ -149,7 +160,7 @@ def verify(root: Root, manifest: Json) -> list[str]:
                 highest = max(highest, found.max_token_id)
             problems += _differs(name, "largest token id", highest, stream["max_token_id"])
             problems += _rows(root, name, stream)
-    return problems
+    return problems or [f"{name}: not of this build" for name in root.strays(manifest["streams"])]
 
 
 def _rules(tokenizer: Json, loaded: Any, stream: Json) -> BlockRules:
@@ -179,6 +190,9 @@ def _blocks(
     shards = json.loads(index)["shards"]
     problems += _differs(folder, "shards", len(shards), summary["shards"])
     for shard in shards:
+        root.seen.add(
+            f"{folder}/{shard['raw_data']['basename']}"
+        )  # streaming's readers put it beside the compressed one
         try:
             tokens, masks = _read_shard(root, folder, shard, form)
         except Bad as bad:
@@ -278,7 +292,10 @@ def main(argv: Sequence[str]) -> int:
         manifest = read_manifest(root)
         problems = verify(root, manifest)
     if problems:
-        print(f"{root.root}: {len(problems)} problems", file=sys.stderr)
+        print(
+            f"{root.root}: {len(problems)} problems: remove its manifest.json and build it again with `rebuild=true`",
+            file=sys.stderr,
+        )
         with contextlib.suppress(BrokenPipeError):  # `… | head` makes no good root of it
             print(*(f"bad: {problem}" for problem in problems), sep="\n", flush=True)
         return 1

@@ -158,6 +158,19 @@ def test_a_published_shard_that_is_lost_is_made_again(
     assert builds.tree(tmp_path / "out") == wanted(settings, tmp_path)
 
 
+def test_a_finished_output_that_is_damaged_is_replaced_as_verify_says(sources: Path, tmp_path: Path) -> None:
+    settings = config(sources, tmp_path / "out", "columns chats")
+    builds.build_here(settings)
+    tree = builds.tree(tmp_path / "out")
+    next((tmp_path / "out" / "columns" / "train").glob("shard.*")).write_bytes(b"torn")
+    (tmp_path / "out" / "columns" / "train" / "shard.99999.00000.mds").write_bytes(b"stray")
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not of this build"):
+        builds.build_here(settings)
+    builds.build_here({**settings, "rebuild": True})
+    assert builds.tree(tmp_path / "out") == tree
+
+
 def test_a_stream_behind_a_link_is_replaced_whole(sources: Path, tmp_path: Path) -> None:
     builds.build_here(config(sources, tmp_path / "out"))
     (tmp_path / "out" / "columns").rename(tmp_path / "elsewhere")

@@ -173,6 +173,18 @@ def test_any_damage_to_the_rejects_is_named(build: Path, capsys: pytest.CaptureF
     for at in range(6, len(good), 7):  # behind the frame's header
         file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         assert any("rejects/joined.jsonl.zst" in line for line in bad(build, capsys)), at
+    for name, end in (("joined", len(good) - 1), ("talk", 0)):  # of the second nothing was rejected
+        file.write_bytes(good)
+        (build / "rejects" / f"{name}.jsonl.zst").write_bytes(good[:end])
+        assert any(f"rejects/{name}.jsonl.zst: damaged" in line for line in bad(build, capsys))
+
+
+@pytest.mark.parametrize("stray", ["joined/train/shard.99999.00000.mds", "talk/eval/notes.txt", "gone/eval/index.json"])
+def test_a_file_that_is_not_of_the_build_is_named(build: Path, capsys: pytest.CaptureFixture[str], stray: str) -> None:
+    (build / stray).parent.mkdir(parents=True, exist_ok=True)
+    (build / stray).write_text("{}")
+    (build / "talk" / "train" / "shard.00000.00000.mds").write_text("as a reader of streaming's leaves it")
+    assert bad(build, capsys) == [f"bad: {stray}: not of this build"]
 
 
 @pytest.mark.parametrize("key", ["blocks", "tokens", "padding", "documents", "shards"])
