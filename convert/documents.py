@@ -196,8 +196,9 @@ class DocumentReader:
 def render(messages: list[tuple[str, Texts]], start: int, end: int) -> Document:
     """ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>` for each (role, content), joined with a newline.
 
-    The header `ROLE\\n` is a piece of its own, so that a prompt that ends with `<|im_start|>assistant\\n` gets
-    the same ids at inference. The assistant says its content and the closing `<|im_end|>`.
+    The assistant says its content and the closing `<|im_end|>`. Its header `ROLE\\n` is a piece of its own, as it is at
+    inference, where the prompt ends with it; of other messages header and content are encoded together, as there. (So
+    an answer that begins with white space may have other ids than in a prompt that has it for an earlier turn.)
     """
     pieces: list[Piece] = []
     assistant: list[bool] = []
@@ -206,8 +207,10 @@ def render(messages: list[tuple[str, Texts]], start: int, end: int) -> Document:
         if pieces:
             pieces.append(b"\n")
             assistant.append(False)
-        pieces += [start, f"{role}\n".encode(), *content, end]
-        assistant += [False, False, *[said] * (len(content) + 1)]
+        header = f"{role}\n".encode()
+        texts = (header, *content) if said else (header + content[0], *content[1:])
+        pieces += [start, *texts, end]
+        assistant += [False, False, *[said] * len(texts)]
     return Document(tuple(pieces), tuple(assistant))
 
 
