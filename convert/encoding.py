@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from chimera.cli import UserError
 from convert.documents import IM_END, IM_START, Document
-from convert.fastpath import Unequal, same_character_classes, tiktoken_encoding
+from convert.fastpath import Unequal, same_character_classes, same_in_pieces, tiktoken_encoding
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -67,17 +67,16 @@ class Encoder:
             )
         self._check_text_is_data(origin)
 
+        self._long = "" if same_in_pieces(spec) else "; texts above 128 KiB are encoded in pieces, each as its own text"
         self._fast: Encoding | None = None
         self._found: set[str] = set()
         plain = {token.content: id_ for id_, token in added.items() if not token.special}
         try:
             self._fast = tiktoken_encoding(spec, plain, set(self.special_ids), self._tokenizer.model if prove else None)
             self._found = set(plain)
-            self.path, self.reason = "tiktoken", "same merges and pre-tokens"
+            self._take("tiktoken", "same merges and pre-tokens")
         except Unequal as error:
-            self.path, self.reason = "tokenizers", str(error)
-            if not self._same_in_pieces():
-                self.reason += "; texts above 128 KiB are encoded in pieces, each as a text of its own"
+            self._take("tokenizers", str(error))
 
     @classmethod
     def from_settings(cls, settings: "TokenizerSettings", path: str | None = None) -> "Encoder":
@@ -109,7 +108,7 @@ class Encoder:
         if not all(map(np.array_equal, self._encode_texts(texts), self._encode_slowly(texts))):
             self._leave_fast_path("tiktoken gave other ids on a sample of the source")
             return
-        self.reason = f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts"
+        self._take("tiktoken", f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts")
 
     def encode(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None]]:
         """For each document its ids [n] with EOS at the end, and for conversations the assistant mask [n] bool."""
@@ -176,14 +175,12 @@ class Encoder:
                         "document: use a byte-level BPE tokenizer (convert/train_tokenizer.py makes one)"
                     )
 
-    def _same_in_pieces(self) -> bool:
-        """Whether a text cut as `documents.chunks` does has the ids of the whole."""
-        whole, *pieces = self._encode_slowly(["one two three", "one two", " three"])
-        return np.array_equal(whole, np.concatenate(pieces))
-
     def _leave_fast_path(self, reason: str) -> None:
         self._fast, self._found = None, set()
-        self.path, self.reason = "tokenizers", reason
+        self._take("tokenizers", reason)
+
+    def _take(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason + self._long
 
 
 @lru_cache(maxsize=2)

@@ -88,6 +88,24 @@ def test_a_long_line_is_parsed_as_a_short_one(text: list[str], other: list[str],
 
 
 @pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("una casa, un albero di", ["una", " casa, un", " albero di"]),  # a space before any other mark
+        ("alfa, beta\ngamma,delta e", ["alfa, beta", "\ngamma", ",delta e"]),
+        ("東京。大、奈良", ["東京", "。大", "、奈良"]),
+        ("12,3\n45,6\n789", ["12,3\n45,6", "\n789"]),
+        ("a  b --  c -d", ["a  b --  c -", "d"]),  # none: anywhere
+        ("é東京大阪都", ["é東京大", "阪都"]),
+    ],
+)
+def test_a_long_text_is_cut_before_a_mark_between_letters_or_digits(
+    text: str, pieces: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 12)
+    assert [piece.decode() for piece in chunks(text.encode())] == pieces
+
+
+@pytest.mark.parametrize(
     ("row", "expected"),
     [
         ({"text": "12345"}, Document((b"12345",))),
