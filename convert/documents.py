@@ -4,9 +4,11 @@ A document is a tuple of pieces: `bytes` are UTF-8 that is encoded as plain text
 Special tokens only ever enter as ids, so text that merely looks like one stays text. (Bytes, since one character
 beyond U+FFFF makes Python keep a whole `str` at 4 bytes a character.)
 
-A text of more than `CHUNK` bytes becomes several pieces, each cut before a space between two letters where there is
-one. No pre-token of a byte-level tokenizer reaches over such a place, so the ids are those of the whole text; only a
-piece without such a place is cut anywhere. Time and memory stay linear in the text whatever it holds.
+A text of more than `CHUNK` bytes becomes several pieces, so that time and memory stay linear in it whatever it holds.
+Each is cut before a space between two letters or digits; where there is none, before another of `MARKS` between two
+letters or digits; and where there is none of these either, anywhere. With the usual byte-level tokenizers the ids are
+those of the whole text wherever there was such a place (`fastpath.same_in_pieces` says which these are); with another
+tokenizer, and at a cut anywhere, each piece has its ids as a text of its own. The build names such tokenizers.
 
 A row is *rejected* when it is broken (kept aside with its reason) and *filtered* when it is sound but not wanted.
 """
@@ -27,6 +29,8 @@ Piece = bytes | int
 Texts = tuple[bytes, ...]  # one text, in order
 
 CHUNK = 1 << 17  # bytes of UTF-8
+MARKS = " \n,.、。，"
+_BEFORE_SPACE, _BEFORE_MARK = (re.compile(rf"(?<=[^\W_])[{marks}](?=[^\W_])") for marks in (" ", MARKS))
 LONG_LINE = 1 << 20  # bytes
 MOST_VALUES = 1 << 20  # of a long line; as objects of Python they take a hundred times their bytes
 _LOW_ESCAPE = re.compile(rb"\\u[dD][cC][89a-fA-F]")
@@ -136,12 +140,9 @@ def chunks(data: bytes) -> Iterator[bytes]:
         end = start + CHUNK
         while data[end] & 0xC0 == 0x80 and end > start + CHUNK - 4:  # inside of a character
             end -= 1
-        text = data[start:end].decode()
-        space = text.rfind(" ", 1, len(text) - 1)
-        while space > 0 and not (text[space - 1].isalpha() and text[space + 1].isalpha()):
-            space = text.rfind(" ", 1, space)
-        if space > 0:
-            end = start + len(text[:space].encode())
+        backwards = data[start:end].decode()[::-1]
+        if place := _BEFORE_SPACE.search(backwards) or _BEFORE_MARK.search(backwards):
+            end -= len(backwards[: place.end()].encode())
         yield data[start:end]
         start = end
     data[start:].decode()
@@ -196,8 +197,9 @@ class DocumentReader:
 def render(messages: list[tuple[str, Texts]], start: int, end: int) -> Document:
     """ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>` for each (role, content), joined with a newline.
 
-    The header `ROLE\\n` is a piece of its own, so that a prompt that ends with `<|im_start|>assistant\\n` gets
-    the same ids at inference. The assistant says its content and the closing `<|im_end|>`.
+    The assistant says its content and the closing `<|im_end|>`. Its header `ROLE\\n` is a piece of its own, as it is at
+    inference, where the prompt ends with it; of other messages header and content are encoded together, as there. (So
+    an answer that begins with white space may have other ids than in a prompt that has it for an earlier turn.)
     """
     pieces: list[Piece] = []
     assistant: list[bool] = []
@@ -206,8 +208,10 @@ def render(messages: list[tuple[str, Texts]], start: int, end: int) -> Document:
         if pieces:
             pieces.append(b"\n")
             assistant.append(False)
-        pieces += [start, f"{role}\n".encode(), *content, end]
-        assistant += [False, False, *[said] * (len(content) + 1)]
+        header = f"{role}\n".encode()
+        texts = (header, *content) if said else (header + content[0], *content[1:])
+        pieces += [start, *texts, end]
+        assistant += [False, False, *[said] * len(texts)]
     return Document(tuple(pieces), tuple(assistant))
 
 

@@ -6,9 +6,10 @@ that are not special (whole words a tokenizer was extended with) are found in te
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from chimera.cli import UserError
 from convert.documents import IM_END, IM_START, Document
-from convert.fastpath import Unequal, same_character_classes, tiktoken_encoding
+from convert.fastpath import (
+    Unequal,
+    byte_characters,
+    flat,
+    merged,
+    model_type,
+    same_character_classes,
+    same_in_pieces,
+    tiktoken_encoding,
+)
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from convert.settings import TokenizerSettings
 
 BATCH = 1 << 20  # characters handed to `tokenizers` at a time
+_UTF_8 = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # the bytes that occur in it
 
 Array = NDArray[Any]
 
@@ -37,7 +48,7 @@ class Encoder:
     """
 
     def __init__(self, raw: bytes, eos_token: str, pad_token: str, origin: str, prove: bool = True) -> None:
-        """`origin` names the tokenizer in errors; `prove=False` trusts another process's proof of the fast path."""
+        """`origin` names the tokenizer in errors; `prove=False` trusts another process's checks and proof."""
         from tokenizers import Tokenizer
 
         self.digest = hashlib.sha256(raw).hexdigest()
@@ -65,19 +76,21 @@ class Encoder:
             raise UserError(
                 f"{origin}: tokenizer.eos_token and tokenizer.pad_token are both {eos_token!r}: they must differ"
             )
-        self._check_text_is_data(origin)
+        if prove:
+            vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+            self._check_no_text_is_unknown(spec, vocab, origin)
+            self._check_text_is_data(spec["model"], vocab, origin)
 
+        self._long = "" if same_in_pieces(spec) else "; texts above 128 KiB are encoded in pieces, each as its own text"
         self._fast: Encoding | None = None
         self._found: set[str] = set()
         plain = {token.content: id_ for id_, token in added.items() if not token.special}
         try:
             self._fast = tiktoken_encoding(spec, plain, set(self.special_ids), self._tokenizer.model if prove else None)
             self._found = set(plain)
-            self.path, self.reason = "tiktoken", "same merges and pre-tokens"
+            self._take("tiktoken", "same merges and pre-tokens")
         except Unequal as error:
-            self.path, self.reason = "tokenizers", str(error)
-            if not self._same_in_pieces():
-                self.reason += "; texts above 128 KiB are encoded in pieces, each as a text of its own"
+            self._take("tokenizers", str(error))
 
     @classmethod
     def from_settings(cls, settings: "TokenizerSettings", path: str | None = None) -> "Encoder":
@@ -99,6 +112,16 @@ class Encoder:
             encoder._leave_fast_path("as decided for the whole stream")
         return encoder
 
+    def check_chat(self, where: str) -> None:
+        """Refuse a tokenizer that gives a header and what follows it other ids apart than together, for `where`."""
+        whole, header, content = self._encode_slowly(["user\nhi", "user\n", "hi"])
+        if not np.array_equal(whole, np.concatenate([header, content])):
+            raise UserError(
+                f"{where}: `format: chatml` encodes the header of a message apart, to which this tokenizer gives other "
+                "ids than at inference (say, as it puts a space before every text): use one without prefix "
+                "(add_prefix_space, Prepend), or train one with convert/train_tokenizer.py"
+            )
+
     def verify_sample(self, texts: Sequence[str]) -> None:
         """Keep the fast path only if it gives the ids of `tokenizers` on `texts`, the head of a stream's source."""
         if self._fast is None:
@@ -109,7 +132,7 @@ class Encoder:
         if not all(map(np.array_equal, self._encode_texts(texts), self._encode_slowly(texts))):
             self._leave_fast_path("tiktoken gave other ids on a sample of the source")
             return
-        self.reason = f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts"
+        self._take("tiktoken", f"same merges and pre-tokens; the same ids on a sample of {len(texts)} texts")
 
     def encode(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None]]:
         """For each document its ids [n] with EOS at the end, and for conversations the assistant mask [n] bool."""
@@ -164,26 +187,73 @@ class Encoder:
             raise UserError(f"{origin}: tokenizer.{key} {token!r} is not among its added tokens (special: {some})")
         return int(id_)
 
-    def _check_text_is_data(self, origin: str) -> None:
-        """Refuse a tokenizer whose model makes a special token of the plain text of one."""
-        special = set(self.special_ids.values())
-        for token in self.special_ids:
+    def _check_no_text_is_unknown(self, spec: Mapping[str, Any], vocab: Mapping[str, int], origin: str) -> None:
+        """Refuse a tokenizer whose model has no token for some text and drops it, or makes a special token of it."""
+        model = spec["model"]
+        unknown = model["unk_id"] if "unk_id" in model else vocab.get(model.get("unk_token"))
+        if _has_all_bytes(spec, vocab) or unknown not in (None, *self.special_ids.values()):
+            return
+        lost = "be lost" if unknown is None else f"become the special token {self._tokenizer.id_to_token(unknown)!r}"
+        raise UserError(
+            f"{origin}: its model does not know every text, and what it does not would {lost}: use a byte-level BPE "
+            "tokenizer with all 256 bytes (train it with initial_alphabet=ByteLevel.alphabet(), or with "
+            "convert/train_tokenizer.py)"
+        )
+
+    def _check_text_is_data(self, model: Mapping[str, Any], vocab: Mapping[str, int], origin: str) -> None:
+        """Refuse a tokenizer whose model makes a special token of plain text: its own, or what its bytes spell."""
+        special = {id_: token for token, id_ in self.special_ids.items()}
+        made = {*byte_characters().values(), *map(merged, model.get("merges") or ())}
+        made.update(_byte_tokens() if model.get("byte_fallback") else ())
+        if reached := sorted(special.keys() & {vocab.get(token) for token in made}):
+            raise _no_data(origin, "takes bytes of plain text", special[reached[0]], reached[0])
+        spelled = [token for token, id_ in vocab.items() if id_ in special]
+        for token in sorted({*special.values(), *spelled, *filter(None, map(_text_of, spelled))}):
             for text in (token, f"a{token}a", f" {token} "):
                 (ids,) = self._encode_slowly([text])
-                if special.intersection(ids.tolist()):
-                    raise UserError(
-                        f"{origin}: encodes the plain text {token!r} as a special token, so that text could end a "
-                        "document: use a byte-level BPE tokenizer (convert/train_tokenizer.py makes one)"
-                    )
-
-    def _same_in_pieces(self) -> bool:
-        """Whether a text cut as `documents.chunks` does has the ids of the whole."""
-        whole, *pieces = self._encode_slowly(["one two three", "one two", " three"])
-        return np.array_equal(whole, np.concatenate(pieces))
+                if hit := sorted(special.keys() & ids.tolist()):
+                    raise _no_data(origin, f"encodes the plain text {text!r}", special[hit[0]], hit[0])
 
     def _leave_fast_path(self, reason: str) -> None:
         self._fast, self._found = None, set()
-        self.path, self.reason = "tokenizers", reason
+        self._take("tokenizers", reason)
+
+    def _take(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason + self._long
+
+
+def _has_all_bytes(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> bool:
+    """Whether every text comes down to bytes that each have a token of the model."""
+    model = spec["model"]
+    if model_type(model) not in ("BPE", "Unigram"):
+        return False
+    if model.get("byte_fallback") and vocab.keys() >= _byte_tokens():
+        return True
+    steps = [*flat(spec.get("normalizer")), *flat(spec.get("pre_tokenizer"))]
+    before, behind = (model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+    forms = product({"", before}, (byte_characters()[byte] for byte in _UTF_8), {"", behind})
+    return any(step["type"] == "ByteLevel" for step in steps) and vocab.keys() >= set(map("".join, forms))
+
+
+def _byte_tokens() -> set[str]:
+    """What a model with `byte_fallback` makes of characters that are not in its vocabulary."""
+    return {f"<0x{byte:02X}>" for byte in _UTF_8}
+
+
+def _text_of(token: str) -> str | None:
+    """The text that a byte-level token stands for, if it is one."""
+    bytes_of = {character: byte for byte, character in byte_characters().items()}
+    try:
+        return bytes(bytes_of[character] for character in token).decode()
+    except (KeyError, UnicodeDecodeError):
+        return None
+
+
+def _no_data(origin: str, does: str, token: str, id_: int) -> UserError:
+    return UserError(
+        f"{origin}: {does} as the special token {token!r} (id {id_}), so that text could end a document: give that "
+        "token a text of its own, or use a byte-level BPE tokenizer (convert/train_tokenizer.py makes one)"
+    )
 
 
 @lru_cache(maxsize=2)

@@ -1,10 +1,17 @@
 """When and how `tiktoken` gives the ids that `tokenizers` gives, about five times faster.
 
-tiktoken merges two neighbours whenever their joined bytes are a vocabulary entry, and takes a whole pre-token that
-is an entry as it stands; `tokenizers` follows the list of merges. The two agree when every entry is one byte or
-made by exactly one merge, ids follow merge order, and merging each entry's own bytes yields that entry: inside the
-bytes of an entry the merges up to its last are then the same in both, by induction over the ranks. The rest of the
-proof is about what surrounds the merges: normalizer, pre-tokenizer, and how added tokens are found in the text.
+tiktoken merges the neighbours whose joined bytes are the entry of the lowest id; `tokenizers` those whose merge comes
+first in its list; of equal ones both take the leftmost. They agree when every entry is one byte or made by a merge,
+the ids of the merges' entries never decrease along the list and belong to one entry each, and `tokenizers` makes each
+entry of its own bytes. By induction over the steps: let both have come to the same tokens, and let two neighbours
+join to entry v. No step has merged across either end of v's bytes, so the steps between them were those that
+`tokenizers` takes on v alone; these end in v, so the two neighbours are what is there before the last of them. Hence
+their merge is listed, and every place that joins to v has the same one. So both choose among the same places, by an
+order that is the same, and take the same. A pre-token that is an entry, which tiktoken takes as it stands, is what
+`tokenizers` makes of it. (Llama 3's list has a merge for every split of an entry; of these the last steps matter.)
+
+The rest of the proof is about what surrounds the merges: normalizer, pre-tokenizer, and how added tokens are found in
+the text.
 """
 
 import json
@@ -12,6 +19,8 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from convert.documents import MARKS
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -26,13 +35,39 @@ BYTE_LEVEL = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+
 # and white space before one is as at the end of the text.
 DIGITS_THEN_BYTE_LEVEL = r"(?:\p{N}|'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|[^\s\p{L}\p{N}]+))|\s+(?![^\s\p{N}])|\s"
 
+# The regexes that tokenizers in use give a `Split`.
+_ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_FIRST, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _one_case(digits: str) -> str:
+    return "|".join((_ENGLISH, _FIRST + r"\p{L}+", digits, r" ?[^\s\p{L}\p{N}]+[\r\n]*", _SPACES))
+
+
+def _two_cases(digits: str, ending: str) -> str:
+    words = (f"{_FIRST}{_UPPER}*{_LOWER}+{ending}", f"{_FIRST}{_UPPER}+{_LOWER}*{ending}")
+    return "|".join((*words, digits, r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES))
+
+
+SPLITS = {
+    "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "Llama 3": _one_case(r"\p{N}{1,3}"),
+    "Qwen 2": _one_case(r"\p{N}"),
+    "o200k": _two_cases(r"\p{N}{1,3}", f"{_ENGLISH}?"),
+    "Tekken": _two_cases(r"\p{N}", ""),
+}
 
 # What of a `Split`'s regex both engines (Oniguruma as Ruby has it, fancy-regex) read alike: alternatives of single
-# characters, classes without classes in them, and these once quantified. Not `\w`, `.`, `^`, `{1,3}+` and the like.
+# characters, classes without classes in them, and these once quantified. Not `\w`, `.`, `^`, `{1,3}+` and the like;
+# nor letters that one of them folds into one character (ß, ﬅ, ﬀ, ﬁ, ﬂ), groups repeated (which may match nothing),
+# or look-aheads with groups in them (in a second look-ahead, the whole could match nothing in the midst of a text).
 _ESCAPE = r"\\[pP]\{\w+\}|\\[rntsSd]|\\[^\w\s]"
 _CLASS = rf"\[\^?(?:{_ESCAPE}|(?!--|&&|~~)[^\\\[\]])+\]"
-_ONE = rf"(?:{_ESCAPE}|{_CLASS}|\(\?i:[a-z'|\[\]]+\)|[^\\\[\](){{}}*+?.^$|]|\))(?:[?*+]|\{{\d+(?:,\d*)?\}})?(?![?*+{{])"
-_COMMON = re.compile(rf"(?:{_ONE}|\||\(\?[:!])+")
+_FOLDED = r"(?:\[[a-z']{2,}\]|(?![a-z']*(?:ss|st|ff|f[il]))[a-z']+)"
+_SET = rf"(?:{_ESCAPE}|{_CLASS}|\(\?i:{_FOLDED}(?:\|{_FOLDED})*\)|[^\\\[\](){{}}*+?.^$|])"
+_ONE = rf"(?:{_SET}(?:[?*+]|\{{\d+(?:,\d*)?\}})?(?![?*+{{])|\|)"
+_COMMON = re.compile(rf"(?:{_ONE}|\(\?!{_ONE}+\)(?![?*+{{])|\(\?:|\)\??(?![?*+{{]))+")
 
 
 class Unequal(Exception):
@@ -59,7 +94,7 @@ def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special
         raise Unequal(reason)
     pattern = _pattern(spec)
     made = _made(model)
-    whole = model["vocab"].keys() - made.keys() - plain.keys() - special if model.get("ignore_merges") else ()
+    whole = _whole(model, made, {*plain, *special}) if model.get("ignore_merges") else ()
     if whole:  # such a model takes any entry as it stands, tiktoken only those with a rank
         raise Unequal(f"token {min(whole)!r} is taken whole, though no merge makes it")
     if loaded is not None:
@@ -70,8 +105,8 @@ def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special
 
 
 def _model_obstacles(model: Mapping[str, Any]) -> Iterator[str]:
-    if model.get("type") != "BPE":
-        yield f"the model is {model.get('type')}, not BPE"
+    if model_type(model) != "BPE":
+        yield f"the model is {model_type(model)}, not BPE"
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             yield f"the model sets {key}"
@@ -103,10 +138,9 @@ def _shadows(special: str, word: str) -> bool:
 
 def _pattern(spec: Mapping[str, Any]) -> str:
     """The regex that cuts text into pre-tokens."""
-    if spec.get("normalizer") is not None:
-        raise Unequal(f"the normalizer is {spec['normalizer'].get('type')}")
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    if normalizers := flat(spec.get("normalizer")):
+        raise Unequal(f"the normalizer is {', '.join(str(one.get('type')) for one in normalizers)}")
+    steps = flat(spec.get("pre_tokenizer"))
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         raise Unequal("the pre-tokenizer does not end in ByteLevel without a prefix space")
@@ -122,9 +156,31 @@ def _pattern(spec: Mapping[str, Any]) -> str:
             raise Unequal("the two libraries may read the pre-tokenizer's regex differently")
         if _matches_nothing(regex):
             raise Unequal("the pre-tokenizer's regex matches the empty text")
-        # text between matches is a pre-token to `tokenizers`; tiktoken would drop it
-        return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"
+        return _with_gaps(regex)
     raise Unequal("the pre-tokenizer is not ByteLevel, alone or after one Split or Digits")
+
+
+def _with_gaps(regex: str) -> str:
+    """What tiktoken must match: text between matches is a pre-token to `tokenizers`; tiktoken would drop it."""
+    return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"
+
+
+def same_in_pieces(spec: Mapping[str, Any]) -> bool:
+    """Whether a text that `documents.chunks` cuts at a place of its choice is sure to have the ids of the whole.
+
+    So it is with the pre-tokenizers known here: a run of letters or digits ends before each of `documents.MARKS`,
+    and what begins there is matched as at the beginning of a text. Added words are found in each piece as in the
+    whole if none has a mark within, or takes the white space around it.
+    """
+    normalizers = [one for one in flat(spec.get("normalizer")) if one.get("type") != "NFC"]  # joins no two of these
+    try:
+        pattern = _pattern({**spec, "normalizer": {"type": "Sequence", "normalizers": normalizers}})
+    except Unequal:
+        return False
+    added = spec.get("added_tokens") or []
+    apart = not any(set(MARKS).intersection(token["content"][1:]) for token in added)
+    bare = not any(token.get("lstrip") or token.get("rstrip") for token in added if not token["special"])
+    return pattern in (BYTE_LEVEL, DIGITS_THEN_BYTE_LEVEL, *map(_with_gaps, SPLITS.values())) and apart and bare
 
 
 def _matches_nothing(pattern: str) -> bool:
@@ -138,7 +194,7 @@ def _matches_nothing(pattern: str) -> bool:
 
 
 def _made(model: Mapping[str, Any]) -> dict[str, int]:
-    """Token → id of every byte and merge, each made once and in the order of ids."""
+    """Token → id of every byte and merge, in the order of ids as far as merges make them."""
     vocab: Mapping[str, int] = model["vocab"]
     alphabet = byte_characters().values()
     if not all(character in vocab for character in alphabet):
@@ -146,16 +202,21 @@ def _made(model: Mapping[str, Any]) -> dict[str, int]:
     made = {character: vocab[character] for character in alphabet}
     latest = -1
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        token = left + right
-        if token in made:
-            raise Unequal(f"token {token!r} is made by more than one merge")
-        if left not in made or right not in made or token not in vocab:
-            raise Unequal(f"merge {left!r} + {right!r} uses a token that is not made before it")
-        if vocab[token] <= latest:
+        token = merged(merge)
+        if token not in vocab or vocab[token] < latest:
             raise Unequal(f"the id of {token!r} does not follow the order of merges")
         latest = made[token] = vocab[token]
+    if len(set(made.values())) < len(made):
+        raise Unequal("two tokens have one id")
     return made
+
+
+def _whole(model: Mapping[str, Any], made: Mapping[str, int], added: set[str]) -> set[str]:
+    """The entries that text can hold, of no merge, and not the text of an added token, which is none of the model's."""
+    characters = byte_characters()
+    alphabet = set(characters.values())
+    spelled = {"".join(characters[byte] for byte in word.encode()) for word in added}
+    return {token for token in model["vocab"].keys() - made.keys() - spelled if alphabet.issuperset(token)}
 
 
 def _prove(model: Mapping[str, Any], made: Mapping[str, int], loaded: Any) -> None:
@@ -168,6 +229,25 @@ def _prove(model: Mapping[str, Any], made: Mapping[str, int], loaded: Any) -> No
     for token, id_ in made.items():
         if [piece.id for piece in loaded.tokenize(token)] != [id_]:
             raise Unequal(f"merging the bytes of token {token!r} does not yield it")
+
+
+def model_type(model: Mapping[str, Any]) -> str | None:
+    """What the model is; old files don't say."""
+    return model.get("type", "BPE" if "merges" in model else None)
+
+
+def merged(merge: str | list[str]) -> str:
+    """The token that an entry of `merges` makes."""
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def flat(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or a pre-tokenizer, in order."""
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [step for inner in part.get("pretokenizers", part.get("normalizers")) for step in flat(inner)]
 
 
 def byte_characters() -> dict[int, str]:

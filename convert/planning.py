@@ -164,6 +164,8 @@ def _plan_stream(name: str, settings: BuildSettings, work: Path) -> Json:
     stream = settings.streams[name]
     opened = open_source(name, stream, settings)
     encoder = Encoder.from_settings(settings.tokenizer)
+    if stream.format == "chatml":
+        encoder.check_chat(f"streams.{name}")
     encoder.verify_sample(list(_sample(f"streams.{name}", stream, opened, encoder, settings.retries, work)))
     say(f"{name}: encoder {encoder.path} ({encoder.reason})")
     return {

@@ -235,6 +235,17 @@ def test_a_wrong_column_or_format_is_found_before_the_source_is_read(
     assert not any((tmp_path / "out").glob("*"))
 
 
+def test_a_tokenizer_that_prefixes_texts_is_refused_for_conversations_alone(sources: Path, tmp_path: Path) -> None:
+    spec = json.loads((builds.tokenizer() / "tokenizer.json").read_bytes())
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    settings = builds.config(sources, tmp_path / "out", tokenizer={"path": str(tmp_path)})
+    with pytest.raises(UserError, match=r"streams.chats: `format: chatml` .* without prefix"):
+        builds.build_here(settings)
+    del settings["streams"]["chats"]
+    assert builds.build_here(settings)["streams"]["lines"]["train"]["blocks"] > 0
+
+
 def test_a_file_that_a_pattern_finds_later_is_named(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(sources / "plain.jsonl", tmp_path / "in" / "a.jsonl")

@@ -88,6 +88,24 @@ def test_a_long_line_is_parsed_as_a_short_one(text: list[str], other: list[str],
 
 
 @pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("una casa, un albero di", ["una", " casa, un", " albero di"]),  # a space before any other mark
+        ("alfa, beta\ngamma,delta e", ["alfa, beta", "\ngamma", ",delta e"]),
+        ("東京。大、奈良", ["東京", "。大", "、奈良"]),
+        ("12,3\n45,6\n789", ["12,3\n45,6", "\n789"]),
+        ("a  b --  c -d", ["a  b --  c -", "d"]),  # none: anywhere
+        ("é東京大阪都", ["é東京大", "阪都"]),
+    ],
+)
+def test_a_long_text_is_cut_before_a_mark_between_letters_or_digits(
+    text: str, pieces: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 12)
+    assert [piece.decode() for piece in chunks(text.encode())] == pieces
+
+
+@pytest.mark.parametrize(
     ("row", "expected"),
     [
         ({"text": "12345"}, Document((b"12345",))),
@@ -115,8 +133,8 @@ def test_the_text_column_is_the_sources() -> None:
 def test_an_instruction_pair_becomes_one_exchange() -> None:
     found = CHAT.read({"instruction": "Somma", "input": "1+1", "output": "2"})
     assert found == Document(
-        pieces=(S, b"user\n", b"Somma\n1+1", E, b"\n", S, b"assistant\n", b"2", E),
-        assistant=(False, False, False, False, False, False, False, True, True),
+        pieces=(S, b"user\nSomma\n1+1", E, b"\n", S, b"assistant\n", b"2", E),
+        assistant=(False, False, False, False, False, False, True, True),
     )
 
 
@@ -124,7 +142,7 @@ def test_an_instruction_pair_becomes_one_exchange() -> None:
 def test_an_input_that_says_nothing_is_left_out(given_input: dict[str, object]) -> None:
     found = CHAT.read({"instruction": "Ciao", "output": "Ciao!", **given_input})
     assert isinstance(found, Document)
-    assert found.pieces[2] == b"Ciao"
+    assert found.pieces[1] == b"user\nCiao"
 
 
 def test_messages_keep_their_roles_and_order() -> None:
@@ -175,12 +193,12 @@ def test_a_prompt_gets_the_ids_it_was_trained_with() -> None:
     """What a chat prompt encodes to is the beginning of what the same conversation was stored as."""
     enc = encoder()
     reader = DocumentReader(StreamSettings(format="chatml"), enc.special_ids)
-    row = {"instruction": "perche dare?", "output": " 12 ciao"}
+    row = {"instruction": "\n\t  perche dare?", "output": " 12 ciao"}
     document = reader.read(row)
     assert isinstance(document, Document)
     ((stored, mask),) = enc.encode([document])
     assert mask is not None
-    prompt = Document((enc.special_ids[START], b"user\n", b"perche dare?", enc.special_ids[END], b"\n"))
+    prompt = Document((enc.special_ids[START], b"user\n\n\t  perche dare?", enc.special_ids[END], b"\n"))
     prompt = Document((*prompt.pieces, enc.special_ids[START], b"assistant\n"))
     ((ids, _),) = enc.encode([prompt])
     assert stored[: len(ids) - 1].tolist() == ids[:-1].tolist()

@@ -12,8 +12,9 @@ from chimera.cli import UserError
 from convert import documents
 from convert.documents import Document
 from convert.encoding import Encoder
+from convert.fastpath import byte_characters
 from convert.settings import TokenizerSettings
-from tests.convert.small_tokenizer import END, EOS, PAD, START, changed, encoder, ids_of, slow_encoder, spec
+from tests.convert.small_tokenizer import END, EOS, PAD, START, changed, encoder, ids_of, slow_encoder, spec, with_added
 
 
 def test_pieces_are_encoded_apart_and_special_tokens_come_by_id() -> None:
@@ -114,7 +115,7 @@ def unigram() -> dict[str, Any]:
         (spec().encode(), "</s>", PAD, r"eos_token '</s>' is not among .*im_end"),
         (spec().encode(), EOS, "<pad>", "pad_token '<pad>' is not among"),
         (spec().encode(), EOS, EOS, "must differ"),
-        (json.dumps(unigram()).encode(), "</s>", "<pad>", "plain text '</s>' as a special token"),
+        (json.dumps(unigram()).encode(), "</s>", "<pad>", r"plain text '</s>' as the special token '</s>' \(id 1\)"),
     ],
 )
 def test_tokenizers_that_are_refused(raw: bytes, eos: str, pad: str, message: str) -> None:
@@ -122,17 +123,91 @@ def test_tokenizers_that_are_refused(raw: bytes, eos: str, pad: str, message: st
         Encoder(raw, eos, pad, "x.json")
 
 
+def lacking(*lost: int, **parts: Any) -> dict[str, Any]:
+    """The tokenizer without some bytes; `parts` go into its model."""
+    without = {byte_characters()[byte] for byte in lost}
+    model = json.loads(spec())["model"]
+    model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if not without.intersection(token)}
+    model["merges"] = [merge for merge in model["merges"] if not without.intersection("".join(merge))]
+    return changed(model={**model, **parts})
+
+
+def words(unknown: str, model: str = "WordLevel") -> dict[str, Any]:
+    vocab = {EOS: 0, PAD: 1, START: 2, END: 3, "[UNK]": 4, "casa": 5}
+    parts = {"unk_token": unknown, "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    return changed(model={"type": model, "vocab": vocab, **parts}, pre_tokenizer={"type": "Whitespace"})
+
+
+def with_special(content: str, **parts: Any) -> dict[str, Any]:
+    """The tokenizer with one more special token, whose text its vocabulary may hold; `parts` go into its model."""
+    found = with_added(content, special=True)
+    id_ = found["model"]["vocab"].setdefault(content, len(found["model"]["vocab"]))
+    found["added_tokens"][-1]["id"] = id_
+    found["model"].update(parts)
+    return found
+
+
+SMILE = "😀".encode()
+TEXT_LOST = {
+    "bytes are missing": (lacking(*SMILE), "would be lost: use a byte-level BPE tokenizer with all 256 bytes"),
+    "bytes are the end": (lacking(*SMILE, unk_token=EOS), r"would become the special token '<\|endoftext\|>'"),
+    "bytes end a message": (lacking(*SMILE, unk_token=END), r"would become the special token '<\|im_end\|>'"),
+    "not all bytes to fall back on": (
+        changed(model={"type": "BPE", "vocab": {}, "merges": [], "byte_fallback": True}),
+        "lost",
+    ),
+    "words": (words(EOS), "would become the special"),
+    "pieces of words": (words(EOS, "WordPiece"), "would become the special"),
+    "words of no such token": (words("<?>"), "would be lost"),
+    "a byte": (with_special("Ċ"), r"takes bytes of plain text as the special token 'Ċ' \(id \d+\)"),
+    "half a character": (with_special("Ã"), "takes bytes of plain text as the special token 'Ã'"),
+    "a merge": (with_special("ca"), "takes bytes of plain text as the special token 'ca'"),
+    "a whole entry": (
+        with_special("Ġqzx", ignore_merges=True),
+        "encodes the plain text .* as the special token 'Ġqzx'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_LOST)
+def test_a_tokenizer_that_loses_text_or_makes_special_tokens_of_it_is_refused(name: str) -> None:
+    json_spec, message = TEXT_LOST[name]
+    with pytest.raises(UserError, match=message):
+        encoder(json_spec)
+
+
+def with_byte_fallback() -> dict[str, Any]:
+    """As Llama 2 has it: the special `<unk>` is never used, since each byte has a token."""
+    names = ["<unk>", EOS, PAD, START, END, *(f"<0x{byte:02X}>" for byte in range(256)), "c", "a"]
+    model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}, "merges": [], "unk_token": "<unk>"}
+    tokens = [{**token, "id": i + 1} for i, token in enumerate(json.loads(spec())["added_tokens"])]
+    tokens.append({**tokens[0], "id": 0, "content": "<unk>"})
+    return {"version": "1.0", "added_tokens": tokens, "model": {**model, "byte_fallback": True}}
+
+
+@pytest.mark.parametrize(
+    "json_spec", [with_byte_fallback(), words("[UNK]"), words("[UNK]", "WordPiece"), lacking(0xC0, 0xF5, 0xFF)]
+)
+def test_a_tokenizer_that_loses_no_text_is_taken(json_spec: dict[str, Any]) -> None:
+    enc = encoder(json_spec)
+    assert ids_of(enc, "casa 😀")
+    assert not set(enc.special_ids.values()).intersection(ids_of(enc, f"casa 😀 {EOS}"))
+
+
+def test_a_tokenizer_that_puts_something_before_each_text_is_refused_for_conversations() -> None:
+    encoder().check_chat("streams.talk")
+    for part in (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"normalizer": {"type": "Prepend", "prepend": " "}},
+    ):
+        with pytest.raises(UserError, match=r"streams.talk: `format: chatml` .* without prefix"):
+            encoder(changed(**part)).check_chat("streams.talk")
+
+
 def test_a_model_that_drops_merges_at_random_does_not_here() -> None:
     dropping = json.loads(spec())
     dropping["model"]["dropout"] = 0.5
     assert ids_of(encoder(dropping), "Il gatto dorme.") == ids_of(encoder(json.loads(spec())), "Il gatto dorme.")
-
-
-def test_a_tokenizer_that_marks_where_a_text_begins_says_so() -> None:
-    marking = json.loads(spec())
-    assert "in pieces" not in slow_encoder(marking).reason
-    marking["normalizer"] = {"type": "Prepend", "prepend": "x"}
-    assert "texts above 128 KiB are encoded in pieces" in encoder(marking).reason
 
 
 def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.documents import Document
+from convert.documents import _BEFORE_MARK, MARKS, Document
 from convert.encoding import Encoder
-from convert.fastpath import BYTE_LEVEL, same_character_classes
+from convert.fastpath import BYTE_LEVEL, SPLITS, same_character_classes, same_in_pieces
 from convert.settings import TokenizerSettings
 from tests.convert.small_tokenizer import (
     ADDED,
@@ -52,16 +53,14 @@ def real_tokenizer() -> tuple[Encoder, Any]:
     return Encoder(raw, EOS, PAD, "real"), reference(json.loads(raw))
 
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 def split_then_bytes(regex: str) -> dict[str, Any]:
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
+def byte_level(add_prefix_space: bool = False) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
 
 
 def digits_then_bytes(individual: bool) -> dict[str, Any]:
@@ -70,11 +69,32 @@ def digits_then_bytes(individual: bool) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
 
 
+def every_split(ignore_merges: bool = False) -> dict[str, Any]:
+    """The tokenizer with a merge for each way to cut each token in two, in an order of their own (as Llama 3 has)."""
+    model = json.loads(spec())["model"]
+    vocab, ends = model["vocab"], {EOS, PAD, START, END}
+    cut = [(token[:i], token[i:]) for token in vocab.keys() - ends for i in range(1, len(token))]
+    both = [list(pair) for pair in cut if set(pair) <= vocab.keys()]
+    assert len(both) > len(model["merges"])
+    merges = sorted(both, key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    return {**with_added(*ADDED), "model": {**model, "merges": merges, "ignore_merges": ignore_merges}}
+
+
+def without_type() -> dict[str, Any]:
+    model = json.loads(spec())["model"]
+    del model["type"]
+    return {**with_added(*ADDED), "model": model}
+
+
 FAST = {
     "byte level": with_added(*ADDED),
+    "every split of a token merged, as in Llama 3": every_split(),
+    "every split merged, and whole tokens taken": every_split(ignore_merges=True),
+    "a model of no type, as in old files": without_type(),
+    "a normalizer of no steps": {**with_added(*ADDED), "normalizer": {"type": "Sequence", "normalizers": []}},
     "no added words": with_added(),
     "digits first, as in SmolLM": {**with_added(*ADDED), "pre_tokenizer": digits_then_bytes(individual=True)},
-    "split as in Llama 3": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(LLAMA3)},
+    "split as in Llama 3": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(SPLITS["Llama 3"])},
     "split that leaves gaps": {**with_added(*ADDED), "pre_tokenizer": split_then_bytes(r"\d|[aeiou ]{2,}")},
 }
 
@@ -125,18 +145,10 @@ def test_both_libraries_class_all_characters_alike() -> None:
     assert not same_character_classes(r"\p{InBasic_Latin}")  # one of them does not know
 
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-O200K = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+USED = [*SPLITS.values(), SPLITS["o200k"].replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")]
 
 
-@pytest.mark.parametrize("regex", [LLAMA_3, LLAMA_3.replace("{1,3}", ""), O200K])
+@pytest.mark.parametrize("regex", USED)
 def test_the_regexes_in_use_take_the_fast_path(regex: str) -> None:
     enc = encoder(changed(pre_tokenizer=split_then_bytes(regex)))
     enc.verify_sample(["m² e km³, 'S 2024\u2028 ſ’s"])
@@ -152,6 +164,11 @@ def test_the_regexes_in_use_take_the_fast_path(regex: str) -> None:
         (r"^.*$", "differently"),
         (r"(?=(\d{3})+(?!\d))|\p{L}+", "differently"),
         (r"\p{L}*", "empty text"),
+        (r"\p{N}|(?i:ss)\p{L}+|\p{L}", "differently"),  # ß is ss to one of them
+        (r"(?i:'re|'st)|\p{L}", "differently"),
+        (r"\p{Lu}(?:k*|\p{Ll}?|\p{L}a){2,}", "differently"),  # IllAi
+        (r"(?:\p{L}?|\s)+", "differently"),
+        (r"(?!a|(?!b{2}))\r?", "differently"),  # of no character, but not at the end of a text: tiktoken panics
     ],
 )
 def test_a_regex_that_could_be_read_otherwise_takes_the_slow_path(regex: str, reason: str) -> None:
@@ -192,21 +209,28 @@ def swapped_ids() -> dict[str, Any]:
     return changed(model=found)
 
 
-def whole_entry(token: str) -> dict[str, Any]:
-    """A model that takes whole entries, with one that no merge makes."""
-    found = json.loads(spec())["model"]
-    found["vocab"][token] = len(found["vocab"])
-    return changed(model={**found, "ignore_merges": True})
+def one_id_twice() -> dict[str, Any]:
+    """The model with two more merges, whose tokens have the same id."""
+    found = merges_with(("x", "y"), ("y", "q"))
+    found["model"]["vocab"]["yq"] = found["model"]["vocab"]["xy"]
+    return found
+
+
+def whole_entry(token: str, added: bool = False) -> dict[str, Any]:
+    """A model that takes whole entries, with one that no merge makes; with `added` it is an added word too."""
+    model = json.loads(spec())["model"]
+    model["vocab"][token] = len(model["vocab"])
+    return {**with_added(*[token] * added), "model": {**model, "ignore_merges": True}}
 
 
 SLOW = {
     "normalizer": (changed(normalizer={"type": "NFC"}), "NFC"),
     "prefix space": (
-        changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        changed(pre_tokenizer=byte_level(add_prefix_space=True)),
         "prefix space",
     ),
     "digits together": (changed(pre_tokenizer=digits_then_bytes(individual=False)), "pre-tokenizer"),
-    "token of two merges": (merges_with(("x", "y"), ("y", "q"), ("xy", "q"), ("x", "yq")), "more than one merge"),
+    "two tokens of one id": (one_id_twice(), "two tokens have one id"),
     "ids out of order": (swapped_ids(), "order of merges"),
     # x+y comes before x+yq, so that merging x, y, q never makes xyq
     "token out of reach": (merges_with(("x", "y"), ("y", "q"), ("x", "yq")), "does not yield"),
@@ -218,6 +242,7 @@ SLOW = {
         "does not yield",
     ),
     "taken whole, though never merged": (whole_entry("xqz"), "though no merge makes it"),
+    "an added word that reads as a token": (whole_entry("Ġxqz", added=True), "though no merge makes it"),
     "flags": (with_added("dare", single_word=True), "single_word"),
     "words inside a special token": (with_added("endoftext"), "overlaps"),
     "words after a special token": (with_added("|>dopo"), "overlaps"),
@@ -236,7 +261,7 @@ def test_what_is_not_proven_takes_the_slow_path(name: str) -> None:
     oracle = Tokenizer.from_str(json.dumps(json_spec))
     oracle.encode_special_tokens = True
 
-    @given(texts | st.text("xyqz ", max_size=12))
+    @given(texts | st.text("xyqz ", max_size=12) | st.just(" xqz"))
     def check(text: str) -> None:
         assert ids_of(enc, text) == oracle.encode(text, add_special_tokens=False).ids
 
@@ -254,3 +279,53 @@ def test_a_sample_that_differs_leaves_the_fast_path() -> None:
     enc.verify_sample(["Il gatto dorme.", "con quattro sedie"])
     assert enc.path == "tokenizers"
     assert ids_of(enc, "con quattro") == ids_of(encoder(), "con quattro")
+
+
+SIDES = "aZ漢é1²s"
+
+
+@pytest.mark.parametrize("pre", [*map(split_then_bytes, SPLITS.values()), byte_level(), digits_then_bytes(True)])
+def test_a_text_cut_at_a_mark_has_the_ids_of_the_whole(pre: dict[str, Any]) -> None:
+    json_spec = {**with_added(*ADDED), "pre_tokenizer": pre, "normalizer": {"type": "NFC"}}
+    assert same_in_pieces(json_spec)
+    oracle = reference(json_spec)
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = oracle.encode(text, add_special_tokens=False).ids
+        return found
+
+    @given(st.lists(texts | st.sampled_from([f"{a}{mark}{b}" for a in SIDES for mark in MARKS for b in SIDES])))
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        for mark in _BEFORE_MARK.finditer(text):
+            assert ids(text[: mark.start()]) + ids(text[mark.start() :]) == ids(text)
+
+    check()
+
+
+def test_letters_and_digits_are_the_same_to_the_regex_that_cuts_and_to_tokenizers() -> None:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Split
+
+    ours = "".join(re.findall(r"[^\W_]", "".join(map(chr, (*range(0xD800), *range(0xE000, 0x40000))))))
+    theirs = Split(Regex(r"[\p{L}\p{N}]+"), "removed", invert=True).pre_tokenize_str(ours)
+    assert [piece for piece, _ in theirs] == [ours]
+
+
+@pytest.mark.parametrize(
+    "json_spec",
+    [
+        with_added("la casa"),
+        with_added("a.b"),
+        with_added("dare", rstrip=True),
+        with_added("dare", lstrip=True),
+        changed(pre_tokenizer=byte_level(add_prefix_space=True)),
+        changed(normalizer={"type": "Prepend", "prepend": " "}),
+        changed(pre_tokenizer=split_then_bytes(r"[^.\n]+|[.\n]+")),
+    ],
+)
+def test_a_tokenizer_that_reaches_over_cuts_is_told_of(json_spec: dict[str, Any]) -> None:
+    enc = encoder(json_spec)
+    enc.verify_sample(["una casa"])
+    assert enc.reason.endswith("; texts above 128 KiB are encoded in pieces, each as its own text")
+    assert "in pieces" not in encoder().reason

@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_tokenizer(config: Path, tmp_
         (["min_frequency=-1"], "min_frequency: -1 must be from 0 to"),
         (["chars_per_stream=0"], "chars_per_stream: 0 must be from 1 to"),
         (["vocab_size=300", "tokenizer.pad_token=<|endoftext|>"], "are both '<|endoftext|>': they must differ"),
-        (["vocab_size=300", "tokenizer.eos_token=a"], "encodes the plain text 'a' as a special token"),
+        (["vocab_size=300", "tokenizer.eos_token=a"], "takes bytes of plain text as the special token 'a'"),
     ],
 )
 def test_mistakes_are_named(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
