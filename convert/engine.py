@@ -77,7 +77,7 @@ def failure(error: BaseException, work: Path) -> Exception:
 
 _MENDABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTEMPTY,
 )  # fmt: skip
 
 

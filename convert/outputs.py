@@ -137,8 +137,8 @@ class FolderOutput:
         for folder in [self._root / name for name in streams if os.path.lexists(self._root / name)]:
             if not rebuild:
                 raise UserError(
-                    f"{folder} is not of this build, or of one with another `work`: choose another `output` or set "
-                    "`rebuild=true`"
+                    f"{folder} is not of this build (or it was begun with another `work`): choose another `output` or "
+                    "set `rebuild=true`"
                 )
             if foreign := next(_foreign(folder), None):
                 raise UserError(

@@ -36,12 +36,12 @@ def current_plan(settings: BuildSettings, work: Path, output: Output, digest: st
     other files, unless `rebuild` is set: then `cleared` removes what is there.
     """
     plan = _unfinished(work)
-    built = manifest_of(output)  # of another build, or this would be finished
+    built = manifest_of(output)  # another build's: with its own this one would be finished
     if plan is not None:
         found = changes(plan, settings, digest)
         if found and not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", found))
-        if not found and (built is None or plan.get("clearing")):
+        if not found and built is None:
             say(f"going on with the unfinished build in {work}")
             if plan["running"] != (running := asdict(settings)):  # how it runs may change at any time
                 plan["running"] = running

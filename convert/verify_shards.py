@@ -11,11 +11,10 @@ import contextlib
 import hashlib
 import io
 import json
-import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,52 +25,15 @@ if __package__ in (None, ""):
 import numpy as np
 from numpy.typing import NDArray
 
-from chimera.cli import UserError, one_line, progress, run, say
-from chimera.stores import is_remote
+from chimera.cli import one_line, progress, run, say
 from convert.block_rules import BlockRules
+from convert.built import COUNTS, PLAIN_NAME, Bad, Root, form_of, read_manifest
 from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
 from convert.reading import Position, Span, open_lines
 from convert.shards import Json, ShardFormat, digest, file_of
-from convert.store import Store
 
 Array = NDArray[Any]
-COUNTS = ("blocks", "tokens", "padding", "documents")  # of a split
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-
-
-class Bad(Exception):
-    """Something of the output is not as it should be."""
-
-
-class Root:
-    """The files of an output, local or remote; `scratch` is a folder for downloads."""
-
-    def __init__(self, root: str, scratch: Path) -> None:
-        self.root = root.rstrip("/")
-        self._store = Store(self.root, scratch, retries=4) if is_remote(root) else None
-        self.seen: set[str] = set()
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file. Raises `Bad` when it is not there, `UserError` when the store is out of reach."""
-        self.seen.add(name)
-        if self._store is not None:
-            data = self._store.get(name)
-            if data is None:
-                raise Bad(f"{name}: there is no such object")
-            return data
-        try:
-            return (Path(self.root) / name).read_bytes()
-        except OSError as error:
-            raise Bad(f"{name}: cannot be read: {error.strerror}") from None
-
-    def strays(self, streams: Collection[str]) -> list[str]:
-        """Files of `streams`, and indexes of others, that were not read; what a store holds besides, nobody can ask."""
-        if self._store is not None:
-            return []
-        paths = [path.relative_to(self.root) for split in SPLITS for path in Path(self.root).glob(f"*/{split}/*")]
-        mine = {str(path) for path in paths if path.name == "index.json" or path.parts[0] in streams}
-        return sorted(mine - self.seen)
 
 
 @dataclass
@@ -91,44 +53,6 @@ class Found:
         self.padding += tokens.size - len(real)
         self.documents += int((real == eos_id).sum())
         self.max_token_id = max(self.max_token_id, int(real.max(initial=0)))
-
-
-def read_manifest(root: Root) -> Json:
-    """The manifest. Raises `UserError` when there is none to go by."""
-    try:
-        manifest: Json = json.loads(root.read("manifest.json"))
-        if manifest["format"] != 1 or not all(map(_PLAIN_NAME.fullmatch, manifest["streams"])):
-            raise Bad("not a manifest of this version")
-        if manifest["streams"].keys() != manifest["settings"]["streams"].keys():
-            raise Bad("its streams are not those of its settings")
-        for stream in manifest["streams"].values():
-            _check_entry(manifest, stream)
-    except (Bad, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{root.root}: no readable manifest.json ({error}): give the `output` of a finished build"
-        ) from None
-    return manifest
-
-
-def _check_entry(manifest: Json, stream: Json) -> None:
-    """Raise `Bad` or the like where what a stream is compared with is missing or of another type."""
-    rows, form = stream["rows"], _form(manifest, stream)
-    numbers = [form.block_len, stream["max_token_id"], rows["read"], rows["documents"]]
-    numbers += [*rows["filtered"].values(), *rows["rejected"].values()]
-    numbers += [stream[split][key] for split in SPLITS for key in ("shards", *COUNTS)]
-    numbers += [manifest["tokenizer"][key] for key in ("eos_id", "pad_id", "vocab_size")]
-    words = [manifest["tokenizer"]["digest"], *(stream[split]["index"] or "" for split in SPLITS)]
-    if not (all(isinstance(n, int) and n >= 0 for n in numbers) and all(isinstance(word, str) for word in words)):
-        raise Bad("a value in it is of another type")
-    if form.dtype not in ("uint16", "uint32"):
-        raise Bad(f"it names the type {form.dtype}")
-
-
-def _form(manifest: Json, stream: Json) -> ShardFormat:
-    """How the shards of a stream must look."""
-    size, masked = manifest["settings"]["shard_bytes"], stream["format"] == "chatml"
-    block_len, dtype, compression, hash_ = (manifest[key] for key in ("block_len", "dtype", "compression", "hash"))
-    return ShardFormat(block_len, dtype, masked, compression, hash_, size)
 
 
 def verify(root: Root, manifest: Json) -> list[str]:
@@ -186,7 +110,7 @@ def _blocks(
     except Bad as bad:
         problems.append(str(bad))
         return
-    form = _form(manifest, manifest["streams"][stream])
+    form = form_of(manifest, manifest["streams"][stream])
     shards = json.loads(index)["shards"]
     problems += _differs(folder, "shards", len(shards), summary["shards"])
     for shard in shards:
@@ -207,7 +131,7 @@ def _read_shard(root: Root, folder: str, shard: Json, form: ShardFormat) -> tupl
     """Tokens and masks [blocks, block_len] of a shard whose every byte was checked."""
     stored = file_of(shard)
     name = f"{folder}/{stored['basename']}"
-    if not _PLAIN_NAME.fullmatch(stored["basename"]):
+    if not PLAIN_NAME.fullmatch(stored["basename"]):
         raise Bad(f"{folder}/index.json: {stored['basename']!r} is not a file name")
     data = root.read(name)
     _check_bytes(name, data, stored)

@@ -256,7 +256,13 @@ def test_index_names_are_not_paths(build: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"blocks"', '"blocs"'), ('"uint16"', '"uint56"'), ('"eos_id": 0', '"eos_id": -1'), ('"joined"', '"join"')],
+    [
+        ('"blocks"', '"blocs"'),
+        ('"uint16"', '"uint56"'),
+        ('"eos_id": 0', '"eos_id": -1'),
+        ('"joined"', '"join"'),
+        ('"block_len": 32', '"block_len": 64'),
+    ],
 )
 def test_a_damaged_manifest_is_one_line(build: Path, old: str, new: str) -> None:
     manifest = (build / "manifest.json").read_text()
