@@ -234,7 +234,10 @@ def test_wrong_tokens_under_right_hashes_are_found(build: Path, capsys: pytest.C
 
 
 def test_a_record_table_that_lies_is_found(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_manifest(build, lambda manifest: manifest.update(block_len=16))
+    def change(manifest: Any) -> None:
+        manifest["block_len"] = manifest["settings"]["block_len"] = 16
+
+    edit_manifest(build, change)
     assert "its column_encodings is ['ndarray:uint16:32'] in the index where" in bad(build, capsys)[0]
 
 
