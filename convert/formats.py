@@ -7,6 +7,7 @@ row of 100 MB stays within a worker's memory.
 import csv
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
@@ -21,7 +22,7 @@ _FORMAT = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|txt)(\.(gz|zst|bz2|xz))?$")
 _MARK = re.compile(rb'["\[\]{},]')
 _QUOTED = re.compile(rb'["\\]')
 _LONE_CR = re.compile(r"\r(?!\n)")
-_NUL = "\u0100"  # stands for it: Python 3.10's csv module refuses it, later ones do not
+_NUL = "\u0100" if sys.version_info < (3, 11) else "\0"  # what stands for one, which 3.10's csv module refuses
 _MORE_FIELDS = 1 << 16  # than any file names
 
 
