@@ -7,6 +7,7 @@ revision, and a rerun with other settings, another tokenizer or changed files is
 import json
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -179,23 +180,28 @@ def _plan_stream(name: str, settings: BuildSettings, work: Path) -> Json:
 def _sample(
     where: str, stream: StreamSettings, opened: Opened, encoder: Encoder, retries: int, work: Path
 ) -> Iterator[str]:
-    """Texts from the head of a source; raises `UserError` where no row there holds what the stream asks for."""
+    """Texts from the head of a source.
+
+    Raises `UserError` where no row there holds what the stream asks for, and warns where none is a document.
+    """
     reader = DocumentReader(stream, encoder.special_ids, opened.column or "")
     read = (
         row.value
         for part in opened.parts[:1]
         for span in part.spans
         for row in islice(rows(span, opened.column, Position(), retries, work), 8 * SAMPLE_DOCUMENTS)
-        if row.value is not None and not isinstance(row.value, Dropped)
+        if row.value is not None
     )
-    wrong: dict[str, int] = {}
-    texts = size = seen = 0
+    dropped: Counter[str] = Counter()
+    texts = size = readable = 0
+    keys = ""
     for value in read:
-        found = reader.read(value)
-        seen += 1
-        if isinstance(found, Dropped) and found.reason in ("missing_field", "wrong_type", "not_an_object"):
-            wrong[found.reason] = wrong.get(found.reason, 0) + 1
-            keys = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else "no fields"
+        found = value if isinstance(value, Dropped) else reader.read(value)
+        readable += found is not value
+        if isinstance(found, Dropped):
+            dropped[found.reason] += 1
+            if isinstance(value, Mapping):
+                keys = ", ".join(map(str, list(value)[:8]))
         if isinstance(found, Document):
             texts += 1
             for text in found.texts:
@@ -205,13 +211,15 @@ def _sample(
                     return
             if texts == SAMPLE_DOCUMENTS:
                 return
-    if seen and sum(wrong.values()) == seen:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    if readable and sum(dropped[reason] for reason in ("missing_field", "wrong_type")) == readable:
         wanted = "a conversation" if stream.format == "chatml" else f"text under `{opened.column}`"
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(wrong.items()))
         raise UserError(
-            f"{where}: none of the first {seen} rows of its source holds {wanted} ({reasons}; the last has {keys}): "
-            "correct its `column` or `format`"
+            f"{where}: none of the first {dropped.total()} rows of its source holds {wanted} ({reasons}; the last has "
+            f"{keys}): correct its `column` or `format`"
         )
+    if dropped and not texts:
+        say(f"{where}: warning: none of the first {dropped.total()} rows of its source is a document ({reasons})")
 
 
 def describe_tokenizer(settings: BuildSettings, encoder: Encoder) -> Json:

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -209,11 +210,17 @@ def test_the_first_source_that_opens_is_used_and_the_others_named(sources: Path,
     assert not (tmp_path / "none").exists()
 
 
-def test_a_stream_without_a_document_is_refused_with_the_reasons(sources: Path, tmp_path: Path) -> None:
+def test_a_stream_without_a_document_is_refused_with_the_reasons(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = builds.config(sources, tmp_path / "out")
     settings["streams"] = {"s": {"sources": [{"files": [f"{sources}/plain.jsonl"]}], "min_chars": 100_000}}
     with pytest.raises(UserError, match=r"streams\.s: no document .* 151 rows \(150 too_short, 1 unparseable\)"):
         builds.build_here(settings)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"streams\.s: warning: none of the first \d+ rows of its source is a document \(\d+ too_short", said
+    )
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
