@@ -124,11 +124,10 @@ def prepare(patterns: list[str], size: int, folder: Path) -> tuple[list[str], in
     texts = [text for text in texts if len(text) >= 50]
     once = sum(len(text.encode()) for text in texts)
     times = -(-size // once)
+    texts = texts * times
     files = []
     for i in range(FILES):
-        share = texts * (times // FILES + (i < times % FILES))
-        if not share:
-            continue
+        share = texts[len(texts) * i // FILES : len(texts) * (i + 1) // FILES]
         file = str(folder / f"text{i}.parquet")
         pq.write_table(pa.table({"text": share}), file, row_group_size=1000, compression="zstd")
         files.append(file)

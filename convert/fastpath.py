@@ -17,7 +17,8 @@ the text.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from convert.documents import MARKS
@@ -250,11 +251,12 @@ def flat(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [step for inner in part.get("pretokenizers", part.get("normalizers")) for step in flat(inner)]
 
 
-def byte_characters() -> dict[int, str]:
+@cache
+def byte_characters() -> Mapping[int, str]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    return MappingProxyType({b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)})
 
 
 @lru_cache(maxsize=2)
@@ -262,21 +264,20 @@ def same_character_classes(pattern: str) -> bool:
     """Whether both libraries' regex engines agree, for every character, on the classes that `pattern` names.
 
     Their Unicode tables come from different sources and may differ between versions. All assigned characters lie in
-    planes 0 to 3 and the first of plane 14; above are private ones. Takes half a second.
+    planes 0 to 3 and the first of plane 14; above are private ones.
     """
     from tokenizers import Regex
-    from tokenizers.pre_tokenizers import Split
+    from tokenizers.normalizers import Replace
 
     bytes_only = {bytes([byte]): byte for byte in range(256)}
     text = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000))))
     names = {rf"\p{name}" for name in re.findall(r"\\[pP](\{\w+\})", pattern)}
-    for regex in sorted({r"\s+", *(f"{name}+" for name in names), *([r"\d+"] if r"\d" in pattern else [])}):
+    for name in sorted({r"\s", *names, *([r"\d"] if r"\d" in pattern else [])}):
         try:
-            theirs_of, ours_of = Regex(regex), _encoding(regex, bytes_only, {})
+            theirs, ours = Replace(Regex(f"[^{name}]+"), ""), _encoding(f"{name}+", bytes_only, {})
         except Exception:  # one of them does not know the class; `tokenizers` raises no kind of its own
             return False
-        theirs = Split(theirs_of, "removed", invert=True).pre_tokenize_str(text)
-        ours = ours_of.encode_to_numpy(text, disallowed_special=()).astype("uint8")
-        if "".join(piece for piece, _ in theirs) != ours.tobytes().decode("utf-8"):
+        ids = ours.encode_to_numpy(text, disallowed_special=())
+        if theirs.normalize_str(text).encode() != ids.astype("uint8").tobytes():
             return False
     return True
