@@ -145,10 +145,10 @@ def builder(files: list[str], tokenizer: Vocabulary, out: Path) -> tuple[Spent, 
     }
     file = out.with_suffix(".yaml")
     file.write_text(json.dumps(config))
+    command = [sys.executable, ROOT / "convert" / "build_shards.py", file]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as most have it
     began, cpu = time.perf_counter(), cpu_seconds()
-    subprocess.run(
-        [sys.executable, ROOT / "convert" / "build_shards.py", file], check=True, stderr=subprocess.DEVNULL, cwd=ROOT
-    )
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, cwd=ROOT, env=kept)
     spent = time.perf_counter() - began, cpu_seconds() - cpu
     return spent, histogram(out / "text" / "train", tokenizer.dtype, tokenizer)
 

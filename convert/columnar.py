@@ -24,6 +24,7 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 BATCH_ROWS = 16  # decoded at a time by Arrow,
 LONG_ROW = 16 << 10  # bytes: where rows are as long on average they are decoded one by one, and
 LARGE_BATCH = 16 << 20  # bytes: after a batch as large as well
+SMALL_BATCH = 1 << 20  # bytes: its rows may be in memory together, which takes a third of the time
 ARROW_BYTES = 64 << 20  # of a row group's columns: with more, it could need more memory than a worker has
 LARGEST_FOOTER = 32 << 20  # bytes: Arrow takes up to ten times as much for what a footer says
 _BUFFER = 1 << 20  # bytes of a parquet column read at a time
@@ -181,6 +182,9 @@ def columns_as_rows(batch: Any) -> Iterator[object]:
     nested = [field.name for field in schema if pa.types.is_nested(field.type)]
     shared = any(_shares(field.type) for field in batch.schema)
     batch = batch if shared else batch.cast(schema)
+    if batch.nbytes <= SMALL_BATCH and not shared and all(map(_is_bytes, schema.types)):
+        yield from batch.to_pylist()
+        return
     count = batch.num_rows
     for i in range(count):
         row = [_row(batch.slice(i, 1).cast(schema), 0, nested) if shared else _row(batch, i, nested)]
@@ -226,6 +230,12 @@ def _shares(form: Any) -> bool:
     if pa.types.is_nested(form):
         return any(_shares(form.field(i).type) for i in range(form.num_fields))
     return bool(pa.types.is_dictionary(form) or pa.types.is_string_view(form) or pa.types.is_binary_view(form))
+
+
+def _is_bytes(form: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(form) or pa.types.is_large_binary(form))
 
 
 def _values(column: Any) -> int:

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from chimera.cli import UserError
@@ -46,7 +47,7 @@ class Document:
     pieces: tuple[Piece, ...]
     assistant: tuple[bool, ...] = ()
 
-    @property
+    @cached_property
     def texts(self) -> Texts:
         """The pieces that are text, each of about `CHUNK` bytes at most; together they are the document's content."""
         return tuple(piece for piece in self.pieces if isinstance(piece, bytes))

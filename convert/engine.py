@@ -152,9 +152,9 @@ class LocalEngine:
 
     def _spawn(self) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe()
-        threads = max(1, cores() // self.slots)  # of `tokenizers`, in each process
+        threads = str(max(1, cores() // self.slots))  # of `tokenizers`, in each process; NumPy needs none of its own
         process = self._context.Process(target=_work, args=(theirs, self._work), daemon=True)
-        with _environment(RAYON_NUM_THREADS=str(threads)), _without_interrupts():
+        with _environment(RAYON_NUM_THREADS=threads, OPENBLAS_NUM_THREADS="1"), _without_interrupts():
             process.start()
         theirs.close()
         return process, ours

@@ -106,6 +106,7 @@ def test_a_row_too_long_for_memory_is_rejected(tmp_path: Path, monkeypatch: pyte
     import pyarrow.parquet as pq
 
     monkeypatch.setattr(columnar, "LONGEST_LINE", 100)
+    monkeypatch.setattr(columnar, "SMALL_BATCH", 100)
     said = [[{"role": "user", "content": "a" * length}] for length in (50, 60, 500, 70)]
     for name, column in (("text", ["a" * 60, "b" * 101, "", "c" * 90, "d" * 3000]), ("messages", said)):
         pq.write_table(pa.table({name: column}), tmp_path / f"{name}.parquet")
