@@ -128,8 +128,10 @@ class Store:
             try:
                 return act()
             except Exception as error:
-                said = one_line(error)[:300] or type(error).__name__
-                final = isinstance(error, (Refused, ImportError)) or status_of(error) in (401, 403, 404)
+                said, status = one_line(error)[:300] or type(error).__name__, status_of(error)
+                if status in (401, 403):  # of which streaming says that the object is not there
+                    said = f"the store refuses these credentials (HTTP {status}; {said})"
+                final = isinstance(error, (Refused, ImportError)) or status in (401, 403, 404)
                 if final or attempt == self._retries or type(error).__name__ == "NoCredentialsError":
                     raise UserError(
                         f"{what} failed after {attempt} attempt{'s' if attempt > 1 else ''}: {said}: mend it and run "

@@ -81,6 +81,16 @@ def test_objects_equal_a_local_build_through_errors_and_restarts(
     assert order[-1] == f"/bucket/{PREFIX}/manifest.json"
 
 
+def test_a_wrong_key_is_told_as_such(
+    sources: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong := "wrong/test+secret/of/forty/characters/40")
+    with pytest.raises(UserError, match=r"failed after 1 attempt: the store refuses these credentials \(HTTP 403;") as e:
+        builds.build_here(remote(sources, tmp_path))
+    assert wrong not in str(e.value)
+    assert not objects(s3)
+
+
 def test_an_object_that_comes_back_damaged_is_sent_again(
     sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
