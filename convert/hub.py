@@ -179,7 +179,10 @@ def _kind(file: str) -> str:
         return "text"
     suffix = os.path.splitext(file)[1]
     if suffix not in _KINDS:
-        raise UserError(f"{file}: no reader for this kind of file (there is one for {', '.join(_KINDS)})")
+        raise UserError(
+            f"{file}: no reader for this kind of file (there is one for {', '.join(_KINDS)}): load the set with "
+            "`datasets`, write it as parquet and give that as `files`"
+        )
     return suffix[1:]
 
 
