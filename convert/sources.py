@@ -139,7 +139,7 @@ def _expand(patterns: list[str], build: BuildSettings) -> list[str]:
             raise UserError(f"{os.fsencode(file)!r}: the file's name is not UTF-8: rename it")
         if not file.endswith(FILE_KINDS):
             raise UserError(
-                f"{file}: no reader for this kind of file (there is one for {', '.join(FILE_KINDS)}): make it one of these"
+                f"{file}: no reader for this kind of file (there is one for {', '.join(FILE_KINDS)}): convert it"
             )
         if not os.access(file, os.R_OK):
             raise CannotOpen(f"no permission to read {file}")
