@@ -4,6 +4,7 @@ A checkpoint counts once it was read to its last byte: one that a kill, a full d
 passed over. One in an object store is fetched to each node, and removed once it is loaded.
 """
 
+import errno
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from chimera.cli import UserError, say
+from chimera.cli import UserError, one_line, say
 from chimera.stores import is_remote
 from train.run_store import NAME, RunStore, fetch
 from train.settings import TrainSettings
@@ -129,10 +130,19 @@ def forget(folder: Path) -> None:
 
 
 def damage_of(path: Path | str) -> str | None:
-    """What is wrong with a checkpoint file, None if nothing: its zip directory and every checksum are read."""
+    """What is wrong with a checkpoint file, None if nothing: its zip directory and every checksum are read.
+
+    Raises `UserError` where the system does not let it be read: whole or not, a run must not begin before it.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
             return f"checksum of {broken}" if broken else None
     except Exception as error:  # a damaged directory can raise nearly anything
+        refused = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)  # a wrong offset
+        if refused or isinstance(error, MemoryError):
+            raise UserError(
+                f"checkpoint {path} cannot be read ({one_line(error) or type(error).__name__}), which says nothing "
+                "about whether it is whole: make it readable, or move it elsewhere to start from the one before"
+            ) from None
         return str(error) or type(error).__name__

@@ -1,9 +1,11 @@
 """Which checkpoint a run starts from, and what is refused."""
 
+import errno
 import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,22 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path, capsys):
     assert choose_start(settings_for(tmp_path, autoresume=True), tmp_path) == Start(10, str(good))
     assert "ep0-ba20-rank0.pt is damaged" in capsys.readouterr().err
     assert bad.exists()
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error")])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, error):
+    """A run that passes it over would train its steps again, over the file and its lines of steps.jsonl."""
+    save(tmp_path, 10)
+    newest, read = save(tmp_path, 20), zipfile.ZipFile
+
+    def refuse(path, *more):
+        if Path(path) == newest:
+            raise error
+        return read(path, *more)
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(UserError, match=rf"checkpoint {newest} cannot be read \(.*{error.strerror}\)"):
+        choose_start(settings_for(tmp_path, autoresume=True), tmp_path)
 
 
 def test_autoresume_starts_from_nothing_in_an_empty_folder(tmp_path):
