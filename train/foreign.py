@@ -13,7 +13,7 @@ from chimera.cli import UserError
 from train.cache import ShardCache
 from train.index import open_indexes
 from train.reader import stored_block_len
-from train.shards import Shards, ShardsTokenizer
+from train.shards import Shards, ShardsTokenizer, fetch
 
 NO_PADDING = -1  # an id no token has
 
@@ -25,6 +25,11 @@ def open_foreign(root: str, cache: str, tokenizer: str, streams: Sequence[str]) 
         tokenizer: folder with tokenizer.json, and tokenizer_config.json or special_tokens_map.json for its EOS.
     """
     indexes = open_indexes(root, cache, streams)
+    if any(fetch(root, f"rejects/{name}.jsonl.zst", cache) is not None for name in streams):
+        raise UserError(
+            f"the shards at {root} are of convert/build_shards.py, but their manifest.json is missing: without it "
+            "their padding would be trained on: finish the build, or the copy of it"
+        )
     block_len = stored_block_len(next(iter(indexes.values())), ShardCache(root, cache))
     opened, digest = read_tokenizer(Path(tokenizer))
     manifest = {

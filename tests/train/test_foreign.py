@@ -1,5 +1,6 @@
 """Token shards made by others with streaming's own MDSWriter, as llm-foundry's conversion leaves them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from streaming import MDSWriter
 
 from chimera.cli import UserError
 from tests.train.make_shards import plan_for
+from train.foreign import open_foreign
 from train.mixture import MixtureDataset
 
 LENGTH = 16
@@ -93,6 +95,15 @@ def test_what_holds_no_tokens_is_refused(
     tmp_path: Path, columns: dict[str, str], sample: dict[str, Any], message: str
 ) -> None:
     refused(tmp_path, columns, [sample] * 12, message)
+
+
+def test_shards_of_ours_without_their_manifest_are_not_taken_for_such(demo_shards: Path, tmp_path: Path) -> None:
+    """A build that is not finished, or a copy of one: nothing would say which token is padding."""
+    shutil.copytree(demo_shards, tmp_path / "shards")
+    shutil.copytree(demo_shards.parent / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "shards/manifest.json").unlink()
+    with pytest.raises(UserError, match=r"their manifest\.json is missing: .* finish the build"):
+        open_foreign(f"{tmp_path}/shards", f"{tmp_path}/cache", f"{tmp_path}/tokenizer", ["it_culturax"])
 
 
 def test_a_run_trains_on_them_with_the_tokenizer_the_config_names(demo_shards: Path, tmp_path: Path) -> None:
