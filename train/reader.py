@@ -121,8 +121,13 @@ class BlockReader:
         return tokens.view(self.dtype), said
 
     def shard(self, key: Key) -> MappedShard:
-        """A shard, opened here if no thread has begun to."""
+        """A shard, opened here if no thread has begun to, or one failed: it may be within reach by now."""
         future, mine = self._claim(key)
+        if not mine and future.exception() is not None:
+            with self._lock:
+                if self._shards.get(key) is future:
+                    del self._shards[key]
+            future, mine = self._claim(key)
         if mine:
             self._open(key, future)
         return future.result()

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from chimera.cli import UserError
-from tests.train.make_shards import block_tokens, make_shards, plan_for
+from tests.train.make_shards import BLOCK_LEN, block_tokens, make_shards, plan_for
 from train import ordering
 from train.cache import ShardCache, ShardError, locked, parse_bytes, smallest_cache
 from train.index import open_indexes
 from train.mixture import MixtureDataset
+from train.reader import BlockReader
 from train.schedule import Plan
 
 STREAMS = {"en": [9] * 12, "it": [7] * 9}
@@ -117,6 +118,20 @@ def test_a_shard_that_is_missing_at_its_source_is_named(root: Path, remote: str,
     for place in (remote, root):
         with pytest.raises(ShardError, match=r"shard .*/en/train/shard.00011.mds.zstd (cannot be fetched|is missing)"):
             list(dataset(place, tmp_path / "cache"))
+
+
+def test_a_shard_that_could_not_be_fetched_ahead_is_fetched_when_it_is_needed(root: Path, tmp_path: Path) -> None:
+    """Its source was out of reach for a moment, maybe hours before."""
+    indexes = open_indexes(str(root), str(tmp_path / "cache"), ["en"])
+    reader = BlockReader(indexes, ShardCache(str(root), str(tmp_path / "cache")), BLOCK_LEN)
+    (root / "en").rename(root / "elsewhere")
+    reader.fetch_ahead([("en", 0), ("en", 1)])
+    with pytest.raises(ShardError, match="is missing"):
+        reader.shard(("en", 0))
+    (root / "elsewhere").rename(root / "en")
+    tokens, _ = reader.read(np.zeros(2, np.int32), np.array([0, 9]))
+    reader.close()
+    assert np.array_equal(tokens, [block_tokens("en", 0), block_tokens("en", 9)])
 
 
 def test_uncompressed_local_shards_are_read_in_place_and_verified(tmp_path: Path) -> None:
