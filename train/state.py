@@ -127,13 +127,18 @@ def check_model(old: Mapping[str, Any], new: Mapping[str, Any], step: int, own: 
     at = f"the checkpoint (step {step})"
     was, now = json.loads(old["model_config"]), json.loads(new["model_config"])
     keys = [key for key in was if key in now and now[key] != was[key] and not FREE.fullmatch(key)]
-    if was.get("rope_theta"):  # positions are computed: a longer stage to come may need more of them
+    if was.get("rope_theta") and not was.get("rope_scaling"):  # computed: a longer stage to come may need more of them
         keys = [key for key in keys if key != "max_position_embeddings"]
     if keys:
         key = min(keys, key=lambda key: (key != "model_type", key == "head_dim", key))  # head_dim follows from others
         raise StateMismatch(
             f"setting `model`: {key} is {_show(now[key])}, {at} was trained with {_show(was[key])}: set it back, or "
             "start a new run"
+        )
+    if "tokenizer" in old and (token := _other_token(old, new)):
+        raise StateMismatch(
+            f"the tokenizer is not the one {at} was trained with, {token} for one: bring back setting `tokenizer`, or "
+            "these shards' own, or start a new run"
         )
     for key in ("train_on", "document_mask"):
         if new[key] == old.get(key, new[key]):
@@ -144,6 +149,20 @@ def check_model(old: Mapping[str, Any], new: Mapping[str, Any], step: int, own: 
                 "start a new run"
             )
         say(f"setting `{key}` is {_show(new[key])} from here on; {at} was trained with {_show(old[key])}")
+
+
+def _other_token(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """What two tokenizers (`About` keeps them) make of an id or a mark in other ways, if anything."""
+    for key in ("eos_token", "pad_token"):
+        if old[key] != new[key]:
+            return f"{key} {new[key]!r} and not {old[key]!r}"
+    if old["tokenizer"] == new["tokenizer"]:
+        return None
+    from tokenizers import Tokenizer
+
+    was, now = (Tokenizer.from_str(each["tokenizer"]).get_vocab(with_added_tokens=True) for each in (old, new))
+    other = min(was.items() ^ now.items(), key=lambda item: item[1], default=None)
+    return other and f"token {other[1]}"
 
 
 def _compare_history(old: list[dict[str, Any]], new: list[dict[str, Any]], at: str) -> None:
