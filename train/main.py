@@ -81,7 +81,7 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan",
     from composer.utils import dist, get_device
 
     from train.checkpoints import PREEMPTED, StopRequested, duration, lock_folder, stop_with_parent
-    from train.ranks import together
+    from train.ranks import agree, together
     from train.run_store import RunStore, run_folder
     from train.start import Start, bring, choose_start, forget, on_this_node
 
@@ -90,6 +90,7 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan",
     folder = run_folder(settings.run_name, settings.save_folder)
     remote = is_remote(settings.save_folder)
     dist.initialize_dist(get_device(None), timeout=settings.dist_timeout)
+    agree(settings, shards, plan)
     leader = dist.get_global_rank() == 0
 
     def decide() -> Start:

@@ -1,14 +1,55 @@
-"""Work that some ranks do while the others wait, for longer than a collective operation may take."""
+"""What ranks have to do with each other: the same run, and work of some that the others wait for."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from composer.utils import dist
 
+import chimera
 from chimera.cli import UserError, one_line
+from train.schedule import Plan
+from train.settings import TrainSettings
+from train.shards import Shards
 
 PULSE = 1.0  # seconds between looks at the others
+
+# Settings that a node may have of its own: where things are, how data arrives, what rank 0 alone does.
+OF_A_NODE = {
+    *("shards", "cache", "cache_limit", "num_workers", "predownload", "tokenizer", "model.pretrained"),
+    *("save_folder", "load_path", "loggers", "progress_bar", "dist_timeout", "tokens_per_second", "max_passes"),
+}
+
+
+def agree(settings: TrainSettings, shards: Shards, plan: Plan) -> None:
+    """Raise `UserError` on all ranks unless they would train the same steps on the same blocks.
+
+    Each reads its own config and shards: where a node's copy is an older one, its part of every step would be of
+    another run, and nothing would show it.
+    """
+    mine = {f"setting `{key}`": value for key, value in _flat(asdict(settings)) if key not in OF_A_NODE}
+    mine |= {f"stream {name} at `shards`": shards.streams[name]["train"]["index"][:12] for name in plan.streams}
+    mine["the shards' tokenizer"] = shards.manifest["tokenizer"]["digest"][:12]
+    mine["the version of chimera"] = chimera.__version__
+    first, *others = dist.all_gather_object(mine)
+    for rank, theirs in enumerate(others, 1):
+        for what in [*first, *(theirs.keys() - first)]:
+            if first.get(what) != theirs.get(what):
+                raise UserError(
+                    f"{what} is {theirs.get(what)} on rank {rank} and {first.get(what)} on rank 0: ranks that differ "
+                    "would train one model on two mixtures: give every node the same config, shards and program"
+                )
+
+
+def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts and lists, each with its dotted key."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if not inner:
+        yield key, values
+        return
+    for name, value in inner:
+        yield from _flat(value, f"{key}.{name}".lstrip("."))
 
 
 def together(work: Callable[[], Any] | None) -> list[Any]:

@@ -1,9 +1,13 @@
 """Ranks as real processes under Composer's launcher: kills, preemption and other rank counts in one run."""
 
 import contextlib
+import hashlib
 import os
 import random
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,6 +90,45 @@ def test_ranks_need_to_divide_the_steps_ahead_only(overrides, tmp_path):
     code, output = finish(launch(3, *config))
     assert code == 0, output
     assert [line["tokens"] for line in steps_of(tmp_path / "run")[20:]] == [24 * 128] * 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed=18", "setting `seed` is 18 on rank 1 and 17 on rank 0"),
+        ("optimizer.lr=0.5", "setting `optimizer.lr` is 0.5 on rank 1 and 0.003 on rank 0"),
+        ("shards={other}", r"stream it_culturax at `shards` is \w{12} on rank 1 and \w{12} on rank 0"),
+    ],
+)
+def test_ranks_of_another_config_or_other_shards_are_refused(overrides, demo_shards, tmp_path, change, message):
+    """A node with an older copy of them: its part of every step would be another run's, and no digest would show it."""
+    other = tmp_path / "other"
+    shutil.copytree(demo_shards, other)
+    index, manifest = other / "it_culturax/train/index.json", other / "manifest.json"
+    before = hashlib.sha256(index.read_bytes()).hexdigest()
+    index.write_bytes(index.read_bytes() + b"\n")
+    after = hashlib.sha256(index.read_bytes()).hexdigest()
+    manifest.write_text(manifest.read_text().replace(before, after))
+
+    config = overrides("two", "max_duration=2ba")
+    host = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host["MASTER_PORT"] = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "train/main.py", *config, *more],
+            env={**os.environ, **host, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, more in (("0", []), ("1", [change.format(other=other)]))
+    ]
+    _, said = ranks[0].communicate(timeout=300)
+    assert [rank.wait(timeout=60) for rank in ranks] == [2, 2]
+    assert re.search(f"error: {message}: ranks that differ", said), said
+    assert not (tmp_path / "two").exists()
 
 
 def test_the_loss_is_the_mean_over_trained_tokens_on_any_number_of_ranks(overrides, tmp_path):
