@@ -272,6 +272,7 @@ def record(settings: TrainSettings, shards: "Shards", folder: Path, trainer: Any
         "manifest": shards.digest,
         "block_len": shards.block_len,
         "blocks": {name: stream["train"]["blocks"] for name, stream in shards.streams.items()},
+        "indexes": {name: stream["train"].get("index") for name, stream in shards.streams.items()},
         "ranks": dist.get_world_size(),
         "from_step": trainer.state.timestamp.batch.value,
     }

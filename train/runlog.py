@@ -234,7 +234,10 @@ def read_run(folder: Path) -> Run:
 
 
 def compare_digests(run: Run) -> tuple[list[int], str | None]:
-    """Compute each step's digest from plan and shards: the steps that differ, and why it could not be done."""
+    """Compute each step's digest from plan and shards: the steps that differ, and why it could not be done.
+
+    A digest is of blocks by number: of shards that were built again with as many blocks it would be the same.
+    """
     from train.index import open_indexes
     from train.ordering import RunOrder, digest
 
@@ -242,6 +245,12 @@ def compare_digests(run: Run) -> tuple[list[int], str | None]:
         indexes = open_indexes(run.settings.shards, run.settings.cache, run.plan.streams)
     except UserError as error:
         return [], one_line(error)
+    for name, fingerprint in run.about.get("indexes", {}).items():
+        if name in indexes and fingerprint not in (None, indexes[name].fingerprint):
+            return [], (
+                f"the shards at {run.settings.shards} are not the run's: the index of {name} is "
+                f"{indexes[name].fingerprint[:12]}, it was {fingerprint[:12]}"
+            )
     order = RunOrder(run.plan, {name: index.shard_blocks for name, index in indexes.items()}, run.settings.seed)
     logged = dict(zip(run.steps.tolist(), run.digests, strict=True))
     differing = []

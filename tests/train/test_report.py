@@ -1,7 +1,9 @@
 """The report on save folders as training leaves them: whole, in the middle, resumed, damaged."""
 
+import hashlib
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def record(shards: Path, folder: Path, steps: int) -> Path:
     plan = plan_of(settings, opened.block_len)
     about = {"settings": asdict(settings), "versions": {"torch": "2.7.0"}, "manifest": opened.digest}
     about |= {"block_len": opened.block_len, "blocks": {n: s["train"]["blocks"] for n, s in opened.streams.items()}}
+    about["indexes"] = {n: s["train"]["index"] for n, s in opened.streams.items()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(about))
     starts = [{"from_step": step, "ranks": ranks, "versions": about["versions"]} for step, ranks in ((0, 1), (25, 2))]
@@ -140,6 +143,25 @@ def test_without_its_shards_the_report_says_that_digests_were_not_compared(
     (folder / "config.json").write_text(json.dumps(about))
     assert report.main([str(folder)]) == 0
     assert "digests were not compared with the plan's: " in capsys.readouterr().out
+
+
+def test_shards_built_again_with_as_many_blocks_are_not_taken_for_the_runs(
+    folder: Path, demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their digests, which are of blocks by number, would be the same."""
+    shutil.copytree(demo_shards, tmp_path / "again")
+    index, manifest = tmp_path / "again/it_culturax/train/index.json", tmp_path / "again/manifest.json"
+    before, after = index.read_bytes(), index.read_bytes() + b"\n"
+    index.write_bytes(after)
+    old, new = (hashlib.sha256(data).hexdigest() for data in (before, after))
+    manifest.write_text(manifest.read_text().replace(old, new))
+    about = json.loads((folder / "config.json").read_text())
+    about["settings"]["shards"] = str(tmp_path / "again")
+    (folder / "config.json").write_text(json.dumps(about))
+    assert report.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"are not the run's: the index of it_culturax is {new[:12]}, it was {old[:12]}" in said
+    assert "equal those" not in said
 
 
 @pytest.mark.parametrize("first", [13, 30, 35])  # in the first phase, between the two, in the second
