@@ -107,7 +107,23 @@ class Checkpoints(CheckpointSaver):
             self.fit_end(state, logger)  # waits for uploads
             raise StopRequested(f"stopped at step {state.timestamp.batch.value}, checkpoint saved")
 
+    def _check_weights(self, state: State) -> None:
+        """Raise `UserError` on all ranks where a weight is not finite: a start from its checkpoint could but fail.
+
+        `Monitor` sees the losses alone, and the step that spoils the weights has a loss of those before it.
+        """
+        finite = torch.stack([parameter.isfinite().all() for parameter in state.model.parameters()]).all()
+        off = state.device.tensor_to_device((~finite).to(torch.uint8))
+        dist.all_reduce(off, reduce_operation="MAX")
+        if off.item():
+            raise UserError(
+                f"weights are not finite after step {state.timestamp.batch.value - 1}, though its loss was: no "
+                "checkpoint of them was saved; lower `optimizer.lr` or set `optimizer.clip_norm`, and start again from "
+                "the one before"
+            )
+
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        self._check_weights(state)
         path = Path(self.filename.format(state))
         try:
             super()._save_checkpoint(state, logger)

@@ -176,6 +176,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(overrides, tmp_path
     assert f"at step {len(stopped)} " in str(caught.value)
 
 
+def test_weights_that_are_not_finite_are_not_saved(overrides, tmp_path):
+    """The step that spoils them has a finite loss; its checkpoint would be whole, and every start from it fail."""
+    wild = ("optimizer.lr=1e37", "optimizer.clip_norm=null", "save_interval=1", "scheduler={name: constant}")
+    with pytest.raises(UserError, match=r"(weights are not finite after|the loss is \w+ at) step"):
+        main(overrides("wild", *wild))
+    saved = list((tmp_path / "wild").glob("ep0-*.pt"))
+    assert saved
+    assert all(tensor.isfinite().all() for path in saved for tensor in read_checkpoint(path)["model"].values())
+
+
 def test_evaluation_and_generation_leave_the_run_as_it_is(whole, overrides, tmp_path, capsys):
     capsys.readouterr()
     generate = "generate={interval: 9, prompts: ['The water', 'La luce'], max_new_tokens: 3}"
