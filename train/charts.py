@@ -27,7 +27,7 @@ class Line:
     colour: int
     dashed: bool = False  # a planned value
     stairs: bool = False  # holds from each step to the next
-    faint: bool = False
+    faint: bool = False  # of every step: thinned to each bucket's lowest and highest value, so that a spike stays
     extremes: bool = False  # thinned to each bucket's value farthest from 0 rather than to its mean
 
 
@@ -35,7 +35,7 @@ def chart(
     label: str,
     lines: Sequence[Line],
     steps: int,
-    show: Callable[[float], str],
+    show: Callable[[float], str] | None,
     bounds: tuple[float, float] | None = None,
     cuts: Sequence[tuple[int, str]] = (),
     marks: Sequence[tuple[int, str]] = (),
@@ -46,7 +46,7 @@ def chart(
     Args:
         label: what it shows, for screen readers.
         steps: the x axis goes from 0 to here.
-        show: how a value of the y axis is written.
+        show: how a value of the y axis is written; None: with the decimals that tell its ticks apart.
         bounds: of the y axis; None: of the values.
         cuts: (step, name) of vertical lines with a name, such as phases.
         marks: (step, title) of triangles on the x axis, such as resumes.
@@ -55,6 +55,7 @@ def chart(
     values = np.concatenate([line.values for line in lines]) if lines else np.zeros(0)
     low, high = bounds or _bounds(values)
     ticks = ticks or _ticks(low, high, 5)
+    show = show or _decimals(ticks)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
     def x(step: float) -> float:
@@ -120,12 +121,16 @@ def _path(line: Line, x: Callable[[float], float], y: Callable[[float], float]) 
 
 
 def _thin(line: Line) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `POINTS` points: means of buckets of neighbours, or their extremes."""
+    """At most `POINTS` points, or pairs of them: means of buckets of neighbours, or their extremes."""
     if len(line.steps) <= POINTS:
         return line.steps.astype(float), line.values
     starts = np.linspace(0, len(line.steps), POINTS, endpoint=False).astype(int)
+    buckets = np.split(np.arange(len(line.steps)), starts[1:])
+    if line.faint:
+        ends = [(bucket[line.values[bucket].argmin()], bucket[line.values[bucket].argmax()]) for bucket in buckets]
+        places = np.unique(ends)  # in order of steps
+        return line.steps[places].astype(float), line.values[places]
     if line.extremes:
-        buckets = np.split(np.arange(len(line.steps)), starts[1:])
         farthest = np.array([bucket[np.abs(line.values[bucket]).argmax()] for bucket in buckets])
         return line.steps[farthest].astype(float), line.values[farthest]
     counts = np.diff([*starts, len(line.steps)])
@@ -138,6 +143,12 @@ def _bounds(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     return (low - room if low < 0 else max(0.0, low - room)), high + room
+
+
+def _decimals(ticks: Sequence[float]) -> Callable[[float], str]:
+    """Writes each of `ticks` exactly, and all of them with as many decimals."""
+    digits = next((n for n in range(9) if all(abs(round(tick, n) - tick) < 1e-9 for tick in ticks)), 9)
+    return f"{{:.{digits}f}}".format
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:

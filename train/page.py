@@ -205,7 +205,7 @@ def _loss(run: Run) -> str:
     if window > 1:
         smooth = np.convolve(run.loss, np.ones(window) / window, "valid")
         lines.append(Line(f"mean of {window} steps", run.steps[window - 1 :], smooth, 0))
-    svg = chart("training loss over steps", lines, run.plan.steps, "{:.2g}".format, None, _cuts(run), _marks(run))
+    svg = chart("training loss over steps", lines, run.plan.steps, None, None, _cuts(run), _marks(run))
     note = "Mean over the trained tokens of each global batch. It jumps where the mix or the length changes."
     return _figure("Training loss", note, svg, legend(lines))
 
@@ -219,7 +219,7 @@ def _eval(run: Run) -> str:
         for index, stream in enumerate(run.plan.streams)
         if (stream, longest) in run.evals
     ]
-    svg = chart("eval loss over steps", lines, run.plan.steps, "{:.2g}".format, None, _cuts(run), _marks(run))
+    svg = chart("eval loss over steps", lines, run.plan.steps, None, None, _cuts(run), _marks(run))
     return _figure("Loss of each stream", f"On its eval split, sequences of {longest} tokens.", svg, legend(lines))
 
 

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from chimera.cli import UserError
 from train import report
+from train.charts import TOP, Line, chart
 from train.ordering import RunOrder, digest, step_blocks
 from train.runlog import compare_digests, read_run
 from train.settings import plan_of, read_settings
@@ -143,6 +146,26 @@ def test_without_its_shards_the_report_says_that_digests_were_not_compared(
     (folder / "config.json").write_text(json.dumps(about))
     assert report.main([str(folder)]) == 0
     assert "digests were not compared with the plan's: " in capsys.readouterr().out
+
+
+def test_a_spike_of_one_step_among_many_is_drawn() -> None:
+    loss = np.full(50_000, 3.0)
+    loss[31_337] = 30.0
+    svg = chart("loss", [Line("each step", np.arange(50_000), loss, 0, faint=True)], 50_000, "{:g}".format, (0, 30))
+    path = re.search(r'class="line faint"[^>]* d="M([^"]*)"', svg)
+    assert path is not None
+    points = [point.split() for point in path[1].split("L")]
+    assert min(float(y) for _, y in points) == TOP
+    assert len(points) < 500
+
+
+@pytest.mark.parametrize(("low", "high"), [(10.61, 10.82), (2.087, 2.112), (0.3, 9.7), (99.0, 1200.0)])
+def test_the_labels_of_an_axis_differ_and_are_its_ticks(low: float, high: float) -> None:
+    svg = chart("loss", [Line("loss", np.arange(50), np.linspace(high, low, 50), 0)], 50, None)
+    labels = re.findall(r'<text x="39" [^>]*>([^<]*)<', svg)
+    assert len(set(labels)) == len(labels) > 1
+    gaps = np.diff([float(label) for label in labels])
+    assert gaps == pytest.approx([gaps[0]] * len(gaps))
 
 
 def test_shards_built_again_with_as_many_blocks_are_not_taken_for_the_runs(
