@@ -85,7 +85,9 @@ def test_a_wrong_key_is_told_as_such(
     sources: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong := "wrong/test+secret/of/forty/characters/40")
-    with pytest.raises(UserError, match=r"failed after 1 attempt: the store refuses these credentials \(HTTP 403;") as e:
+    with pytest.raises(
+        UserError, match=r"failed after 1 attempt: the store refuses these credentials \(HTTP 403;"
+    ) as e:
         builds.build_here(remote(sources, tmp_path))
     assert wrong not in str(e.value)
     assert not objects(s3)
