@@ -2,6 +2,7 @@
 
 JSONL is cut at newline bytes and read here, not by a library, so that one bad line costs one line. Every reader
 yields rows with the position behind them: starting again there gives the rows that follow, none lost or repeated.
+(The checksum of a compressed file is known at its end: one that fails takes back what came before, see `Damaged`.)
 """
 
 import bz2
@@ -22,6 +23,10 @@ BOM = b"\xef\xbb\xbf"
 LONGEST_LINE = 101 << 20  # bytes; a longer line is rejected unread, so that a worker stays below 1 GiB
 RAW_SHOWN = 1 << 20  # bytes of a rejected row that its reject line shows
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
+
+
+class Damaged(UserError):
+    """Compressed data proved damaged behind rows that were read of it: they may be what the damage made of others."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
     except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk's own troubles keep their name
-        raise UserError(f"{span.file} cannot be read to its end: {error}: mend or remove the file") from error
+        kind = Damaged if span.file.endswith(_PACKED) and not isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{span.file} cannot be read to its end: {error}: mend or remove the file") from error
 
 
 def jsonl_rows(
