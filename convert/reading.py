@@ -43,6 +43,7 @@ class Span:
     end: int | None
     bytes: int
     delimiter: str = ","  # of CSV
+    size: int | None = None  # bytes of a file that was cut into ranges, all of it that counts
 
 
 class Position(NamedTuple):
@@ -103,6 +104,8 @@ def jsonl_rows(
             return
         at_start = offset == 0
         offset, number = offset + size, number + 1
+        if span.size is not None and (offset > span.size or (offset < span.size and line and not line.endswith(b"\n"))):
+            raise EOFError(f"a line does not end where it did when the build began and the file had {span.size} bytes")
         size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
         after = Position(number, offset)
         if line is None:

@@ -9,7 +9,7 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, 
         return [Span("jsonl", file, 0, None, size)]
     ranges = max(1, -(-size // part_bytes))
     cuts = [size * i // ranges for i in range(ranges + 1)]
-    return [Span("jsonl", file, a, b, b - a) for a, b in itertools.pairwise(cuts)]
+    return [Span("jsonl", file, a, b, b - a, size=size) for a, b in itertools.pairwise(cuts)]
 
 
 def _row_groups(file: str, where: str, column: str | None) -> list[Span]:
@@ -204,7 +204,7 @@ def _group(spans: list[Span], part_bytes: int) -> list[Part]:
             continue
         last = parts[-1][-1]
         if last.file == span.file and last.end == span.begin:
-            parts[-1][-1] = Span(span.kind, span.file, last.begin, span.end, last.bytes + span.bytes)
+            parts[-1][-1] = replace(last, end=span.end, bytes=last.bytes + span.bytes)
         else:
             parts[-1].append(span)
     return [Part(tuple(part)) for part in parts]
