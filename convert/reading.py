@@ -86,7 +86,9 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk's own troubles keep their name
         kind = Damaged if span.file.endswith(_PACKED) and not isinstance(error, FileNotFoundError) else UserError
-        raise kind(f"{span.file} cannot be read to its end: {error}: mend or remove the file") from error
+        raise kind(
+            f"{span.file} cannot be read to its end: {error}: mend the file, or remove it and set `rebuild=true`"
+        ) from error
 
 
 def jsonl_rows(

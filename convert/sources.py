@@ -111,6 +111,11 @@ def changed_files(describe: Json) -> list[str]:
     ]
 
 
+def gone_files(describe: Json) -> list[str]:
+    """The local files of a source that are not there any more."""
+    return [file["path"] for file in describe.get("files", []) if not os.path.exists(file["path"])]
+
+
 def added_files(describe: Json, source: SourceSettings, build: BuildSettings) -> list[str]:
     """Local files that a source's patterns find now and did not when it was described.
 
