@@ -2,7 +2,7 @@
 
 JSONL is cut at newline bytes and read here, not by a library, so that one bad line costs one line. Every reader
 yields rows with the position behind them: starting again there gives the rows that follow, none lost or repeated.
-(The checksum of a compressed file is known at its end: one that fails takes back what came before, see `Damaged`.)
+(The checksum of compressed data is known at its end: one that fails takes back what came before, see `Damaged`.)
 """
 
 import bz2
@@ -26,7 +26,7 @@ _PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
 class Damaged(UserError):
-    """Compressed data proved damaged behind rows that were read of it: they may be what the damage made of others."""
+    """A file proved damaged behind rows that were read of it: they may be what the damage made of others."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
     except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk's own troubles keep their name
-        kind = Damaged if span.file.endswith(_PACKED) and not isinstance(error, FileNotFoundError) else UserError
+        kind = UserError if isinstance(error, FileNotFoundError) else Damaged
         raise kind(
             f"{span.file} cannot be read to its end: {error}: mend the file, or remove it and set `rebuild=true`"
         ) from error
