@@ -127,8 +127,11 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
                 OmegaConf.update(config, key, value, merge=not isinstance(value, list))
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
-        for key, value in _misread(schema, OmegaConf.to_container(config)):
+        values = OmegaConf.to_container(config)
+        for key, value in _misread(schema, values):
             raise UserError(f"{path}: setting `{key}`: YAML reads {value!r} where a text is wanted: put it in quotes")
+        for key, value, wanted in _single(schema, values):
+            raise UserError(f"{path}: setting `{key}`: {value!r} stands where {wanted} is wanted")
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
@@ -155,6 +158,24 @@ def _misread(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _misread(get_args(kind)[0], inner, f"{key}.{place}")
     elif get_origin(kind) is UnionType and str in get_args(kind):
         yield from _misread(str, value, key)
+
+
+def _single(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Single values where several are wanted, with their keys and what that is: `files: a.jsonl`, `tokenizer: path`."""
+    listed = get_origin(kind) is list
+    if isinstance(value, str) and "${" in value:
+        return  # it refers to what may be several
+    if isinstance(value, (str, bool, int, float)) and (listed or get_origin(kind) is dict or is_dataclass(kind)):
+        yield key, value, f"a list, [{value}]," if listed else "a mapping, {key: value},"
+    elif is_dataclass(kind) and isinstance(value, dict):
+        for name, inner in get_type_hints(kind).items():
+            yield from _single(inner, value.get(name), f"{key}.{name}".lstrip("."))
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _single(get_args(kind)[1], inner, f"{key}.{name}")
+    elif listed and isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _single(get_args(kind)[0], inner, f"{key}.{place}")
 
 
 def _of_another_kind(onto: Any, config: Any) -> str:

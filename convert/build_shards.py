@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     settings = load_settings(BuildSettings, path, overrides)
     check(settings)
     signal.signal(signal.SIGTERM, _terminated)
+    before, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         build(settings)
     except OSError as error:
@@ -36,12 +38,24 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
+    finally:
+        sys.unraisablehook = before
     return 0
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
     del signum, frame
     raise KeyboardInterrupt
+
+
+def _unraisable(unraisable: Any) -> None:
+    """A Ctrl-C in the midst of a generator's or an object's end, where Python would pass over it, comes once more."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM))
+    again.daemon = True
+    again.start()
 
 
 def build(settings: Any) -> None:

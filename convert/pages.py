@@ -11,13 +11,14 @@ import array
 import io
 import itertools
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from convert.page_bytes import AT_ONCE, CODECS, Unknown, decompressed, section, take, varint
+from convert.page_bytes import AT_ONCE, BLOCK, CODECS, Unknown, decompressed, section, take, varint
 from convert.reading import LONGEST_LINE
 
 _LEVELS = 64 << 20  # bytes that a page's levels, which tell where its values belong, may take
@@ -47,6 +48,7 @@ class _Page(NamedTuple):
     size: int  # how many bytes that has,
     plain: int  # and how many once decompressed
     header: dict[int, Any]  # what is said for its type
+    checksum: int | None  # CRC-32 of its content
 
 
 def is_of(path: str, column: str) -> bool:
@@ -93,34 +95,49 @@ class Leaf:
         """Page by page."""
         return itertools.starmap(self._entries, self._data_pages())
 
-    def _content(self, begin: int, size: int, plain: int) -> BinaryIO:
-        return decompressed(self._file, self._chunk.compression, begin, size, plain)
+    def _verified(self, page: _Page) -> tuple[BinaryIO, int]:
+        """A file that holds a page's content, and where it begins there. Raises where its checksum is another's."""
+        if page.checksum is None:
+            return self._file, page.begin
+        content, found = section(self._file, page.begin, page.size), 0
+        kept = bytearray()  # of a page that is not large, which so is fetched once where it lies on a hub
+        for data in iter(lambda: content.read(BLOCK), b""):
+            found = zlib.crc32(data, found)
+            if page.size <= AT_ONCE:
+                kept += data
+        if found != page.checksum & 0xFFFFFFFF:
+            raise ValueError(f"the page at byte {page.begin} is not what its CRC checksum says")
+        return (io.BytesIO(kept), 0) if kept else (self._file, page.begin)
+
+    def _content(self, file: BinaryIO, begin: int, size: int, plain: int) -> BinaryIO:
+        return decompressed(file, self._chunk.compression, begin, size, plain)
 
     def _data_pages(self) -> Iterator[tuple[_Page, "_Dictionary | None"]]:
         dictionary = None
         for page in _pages(self._file, self._chunk):
             if page.type == _DICTIONARY:
-                data = self._content(page.begin, page.size, page.plain)
+                data = self._content(*self._verified(page), page.size, page.plain)
                 dictionary = _Dictionary(data, page.header[1], page.plain, self._scratch)
             else:
                 yield page, dictionary
 
     def _entries(self, page: _Page, dictionary: "_Dictionary | None") -> Entries:
         highest = (self.repetition, self.definition)
+        file, begin = self._verified(page)
         if page.type == _DATA:
             encoding, kinds = page.header[2], (page.header[4], page.header[3])
             if any(level and kind != _RLE for level, kind in zip(highest, kinds, strict=True)):
                 raise Unknown(f"levels of encoding {kinds}")
-            content = self._content(page.begin, page.size, page.plain)
+            content = self._content(file, begin, page.size, page.plain)
             levels = [_levels(content, _length(content)) if level else b"" for level in highest]
         else:
             encoding, sizes = page.header[4], (page.header[6], page.header[5])
-            content, before = section(self._file, page.begin, page.size), sum(sizes)
+            content, before = section(file, begin, page.size), sum(sizes)
             if before > min(page.size, page.plain):
                 raise ValueError(f"a page of {page.plain} bytes has {before} of levels")
             levels = [_levels(content, size) for size in sizes]
             if page.header.get(7, True):
-                content = self._content(page.begin + before, page.size - before, page.plain - before)
+                content = self._content(file, begin + before, page.size - before, page.plain - before)
         repetition, definition = (
             _runs(io.BytesIO(data), level.bit_length(), page.length) if level else itertools.repeat(0, page.length)
             for level, data in zip(highest, levels, strict=True)
@@ -179,12 +196,13 @@ def _pages(file: BinaryIO, chunk: Any) -> Iterator[_Page]:
             field, numbers = _ABOUT[kind]
             about = header[field]
             known = min(plain, size, *(about[number] for number in range(1, numbers + 1))) >= 0
+            known = known and isinstance(header.get(4, 0), int)
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:
             raise ValueError(f"there is no header of a page at byte {at}")
         at = reader.tell() + size
-        yield _Page(kind, about[1], at - size, size, plain, about)
+        yield _Page(kind, about[1], at - size, size, plain, about, header.get(4))
         if kind != _DICTIONARY:
             left -= about[1]
 

@@ -18,7 +18,7 @@ from convert.encoding import Encoder
 from convert.journal import SPLITS, PartState, all_shard_keys, shard_keys
 from convert.packing import Packer
 from convert.planned import StreamPlan, encoder_of, load_plan, shard_format
-from convert.reading import Position, Row, reject_line
+from convert.reading import Damaged, Position, Row, reject_line
 from convert.settings import BuildSettings
 from convert.shards import Array
 from convert.sources import rows
@@ -56,7 +56,8 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
     """Bring a part to its end, from wherever an earlier run left it.
 
     `limit` is the train tokens the part may hold: it ends behind the document that reaches it. A part that has more
-    already is done anew. Raises `UserError` for a damaged source, `OSError` for the disk.
+    already is done anew, and so is one that holds rows of a file that turned out damaged. Raises `UserError` for a
+    damaged source, `OSError` for the disk.
     """
     build = load_plan(work)
     settings, plan = build.settings, build.streams[stream]
@@ -66,16 +67,25 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
         state, _ = journal.load(folder)
         store = worker_store(settings.output, work, settings.retries) if settings.remote else None
         if not fits(state, limit):
-            if store:
-                for key in all_shard_keys(stream, state):
-                    store.delete(key)
-            shutil.rmtree(folder)
+            _remove(folder, stream, store)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         encoder = encoder_of(work, build, stream)
-        with _Part(settings, plan, index, folder, encoder, store) as part:
-            if not part.state.done:
-                part.run(limit, report)
+        try:
+            with _Part(settings, plan, index, folder, encoder, store) as part:
+                if not part.state.done:
+                    part.run(limit, report)
+        except Damaged:  # once the file is mended, nothing that came of the damage may count
+            _remove(folder, stream, store)
+            raise
+
+
+def _remove(folder: Path, stream: str, store: Store | None) -> None:
+    """Remove what is done of a part; what of it a store keeps for good is written anew under the same names."""
+    if store and store.can_delete:
+        for key in all_shard_keys(stream, journal.load(folder)[0]):
+            store.delete(key)
+    shutil.rmtree(folder)
 
 
 def fits(state: PartState, limit: int | None) -> bool:

@@ -24,7 +24,7 @@ from convert.planned import PARTS
 from convert.reading import Position
 from convert.settings import BuildSettings, StreamSettings, differences, identity, stream_name
 from convert.shards import Json, write_file
-from convert.sources import Opened, added_files, changed_files, open_source, rows
+from convert.sources import Opened, added_files, changed_files, gone_files, open_source, rows
 
 SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agree with the slow one
 SAMPLE_BYTES = 1 << 20
@@ -42,6 +42,8 @@ def current_plan(settings: BuildSettings, work: Path, output: Output, digest: st
         found = changes(plan, settings, digest)
         if found and not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", found))
+        if settings.rebuild:  # without it they are waited for, where they are not read yet
+            found += [file for stream in plan["streams"].values() for file in gone_files(stream["source"]["describe"])]
         if not found and built is None:
             say(f"going on with the unfinished build in {work}")
             if plan["running"] != (running := asdict(settings)):  # how it runs may change at any time

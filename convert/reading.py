@@ -2,6 +2,7 @@
 
 JSONL is cut at newline bytes and read here, not by a library, so that one bad line costs one line. Every reader
 yields rows with the position behind them: starting again there gives the rows that follow, none lost or repeated.
+(The checksum of compressed data is known at its end: one that fails takes back what came before, see `Damaged`.)
 """
 
 import bz2
@@ -24,6 +25,10 @@ RAW_SHOWN = 1 << 20  # bytes of a rejected row that its reject line shows
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
+class Damaged(UserError):
+    """A file proved damaged behind rows that were read of it: they may be what the damage made of others."""
+
+
 @dataclass(frozen=True)
 class Span:
     """A contiguous piece of one file.
@@ -38,6 +43,7 @@ class Span:
     end: int | None
     bytes: int
     delimiter: str = ","  # of CSV
+    size: int | None = None  # bytes of a file that was cut into ranges, all of it that counts
 
 
 class Position(NamedTuple):
@@ -79,7 +85,10 @@ def rows_of_file(span: Span, column: str | None, start: Position, scratch: Path 
     except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk's own troubles keep their name
-        raise UserError(f"{span.file} cannot be read to its end: {error}: mend or remove the file") from error
+        kind = UserError if isinstance(error, FileNotFoundError) else Damaged
+        raise kind(
+            f"{span.file} cannot be read to its end: {error}: mend the file, or remove it and set `rebuild=true`"
+        ) from error
 
 
 def jsonl_rows(
@@ -97,6 +106,8 @@ def jsonl_rows(
             return
         at_start = offset == 0
         offset, number = offset + size, number + 1
+        if span.size is not None and (offset > span.size or (offset < span.size and line and not line.endswith(b"\n"))):
+            raise EOFError(f"a line does not end where it did when the build began and the file had {span.size} bytes")
         size, seen = (below.tell() - seen, below.tell()) if packed else (size, 0)
         after = Position(number, offset)
         if line is None:

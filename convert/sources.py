@@ -9,7 +9,7 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,11 @@ def changed_files(describe: Json) -> list[str]:
     ]
 
 
+def gone_files(describe: Json) -> list[str]:
+    """The local files of a source that are not there any more."""
+    return [file["path"] for file in describe.get("files", []) if not os.path.exists(file["path"])]
+
+
 def added_files(describe: Json, source: SourceSettings, build: BuildSettings) -> list[str]:
     """Local files that a source's patterns find now and did not when it was described.
 
@@ -161,7 +166,7 @@ def _cut(file: str, where: str, stream: StreamSettings, source: SourceSettings, 
         return [Span("jsonl", file, 0, None, size)]
     ranges = max(1, -(-size // part_bytes))
     cuts = [size * i // ranges for i in range(ranges + 1)]
-    return [Span("jsonl", file, a, b, b - a) for a, b in itertools.pairwise(cuts)]
+    return [Span("jsonl", file, a, b, b - a, size=size) for a, b in itertools.pairwise(cuts)]
 
 
 def _row_groups(file: str, where: str, column: str | None) -> list[Span]:
@@ -206,7 +211,7 @@ def _group(spans: list[Span], part_bytes: int) -> list[Part]:
             continue
         last = parts[-1][-1]
         if last.file == span.file and last.end == span.begin:
-            parts[-1][-1] = Span(span.kind, span.file, last.begin, span.end, last.bytes + span.bytes)
+            parts[-1][-1] = replace(last, end=span.end, bytes=last.bytes + span.bytes)
         else:
             parts[-1].append(span)
     return [Part(tuple(part)) for part in parts]

@@ -62,6 +62,13 @@ TABLE = [
     ("convert.build_shards", ["BUILT/open.yaml"], "open.yaml: setting `output`: no viable alternative"),
     ("convert.build_shards", ["BUILT/reference.yaml"], "setting `base`: Interpolation key 'other' not found"),
     ("convert.build_shards", ["BUILT/onto.yaml"], "setting `tokenizer` holds a list for a mapping, or a mapping"),
+    (
+        "convert.build_shards",
+        [SHARDS, f"{EN}.sources.0.files=a.jsonl"],
+        r"files`: 'a.jsonl' stands where a list, \[a.jso",
+    ),
+    ("convert.build_shards", [SHARDS, f"{EN}.sources=[a.jsonl]"], "sources.0`: 'a.jsonl' stands where a mapping"),
+    ("convert.build_shards", [SHARDS, "tokenizer=BUILT/tokenizer"], "`tokenizer`: '.*' stands where a mapping, {key: "),
     ("train.main", [], "no config file given"),
     ("train.main", [TRAIN, "sead=1"], "Key 'sead' not in 'TrainSettings'"),
     ("train.main", [TRAIN, "phases.0.stepps=1"], "stepps"),

@@ -1,17 +1,19 @@
 """Killed anywhere, run again: the same bytes, and no committed shard made twice."""
 
 import contextlib
+import json
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from convert import journal, splits
+from convert import build_shards, journal, splits
 from convert import part as part_module
 from convert.part import Progress, run_part
 from convert.planned import load_plan
@@ -210,6 +212,30 @@ def test_a_stopped_build_says_so_and_goes_on(
     assert code == 0, said
     assert "going on with the unfinished build" in said
     assert builds.tree(tmp_path / "out") == wanted
+
+
+def test_a_stop_in_the_midst_of_a_clean_up_is_not_passed_over(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows() -> Iterator[int]:
+        try:
+            yield 0
+        finally:  # where the collector of garbage ends it
+            raise KeyboardInterrupt
+
+    def build(_: Any) -> None:
+        next(rows())
+        threading.Event().wait(20)
+
+    config = tmp_path / "shards.yaml"
+    config.write_text(json.dumps(builds.config(sources, tmp_path / "out")))
+    monkeypatch.setattr(build_shards, "build", build)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_shards.main([str(config)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_killed_worker_is_reported_and_replaced(sources: Path, wanted: dict[str, str], tmp_path: Path) -> None:

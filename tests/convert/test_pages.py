@@ -3,7 +3,7 @@
 import io
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -348,13 +348,35 @@ def test_values_that_python_has_not_cost_what_needs_them(tmp_path: Path) -> None
     assert row.value == {"messages": [{"role": b"user", "content": b"hi"}]}
 
 
-def test_a_page_that_is_not_what_its_checksum_says_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize(("arrow_bytes", "at_once"), [(columnar.ARROW_BYTES, 0), (0, 1 << 24), (0, 0)])
+def test_a_page_that_is_not_what_its_checksum_says_is_noticed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arrow_bytes: int,
+    at_once: int,
+    version: Literal["1.0", "2.0"],
+    dictionary: bool,
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    monkeypatch.setattr(columnar, "ARROW_BYTES", arrow_bytes)  # 0: all is streamed
+    for module in (pages, page_bytes):
+        monkeypatch.setattr(module, "AT_ONCE", at_once)
     file = tmp_path / "a.parquet"
-    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    pq.write_table(pa.table({"text": ["hello world"]}), file, write_page_checksum=True, **options)
+    pq.write_table(
+        pa.table({"text": ["hello world"]}),
+        file,
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=dictionary,
+        write_statistics=False,
+        data_page_version=version,
+    )
+    span = Span("parquet", str(file), 0, None, 1)
+    assert [row.value for row in rows_of_file(span, "text", Position())] == [{"text": b"hello world"}]
     file.write_bytes(file.read_bytes().replace(b"hello world", b"hello World", 1))
     with pytest.raises(UserError, match=r"a\.parquet cannot be read to its end: .*CRC"):
-        list(rows_of_file(Span("parquet", str(file), 0, None, 1), "text", Position()))
+        list(rows_of_file(span, "text", Position()))

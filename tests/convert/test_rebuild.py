@@ -171,6 +171,19 @@ def test_a_finished_output_that_is_damaged_is_replaced_as_verify_says(sources: P
     assert builds.tree(tmp_path / "out") == tree
 
 
+def test_a_build_begins_anew_without_a_file_that_was_removed(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sources, tmp_path / "in")
+    settings = config(tmp_path / "in", tmp_path / "out")
+    stopped(settings, monkeypatch)
+    (tmp_path / "in" / "1.parquet").unlink()
+    with pytest.raises(UserError, match=r"1\.parquet cannot be read .*: mend the file, or remove it and set `rebuild="):
+        builds.build_here(settings)
+    builds.build_here({**settings, "rebuild": True})
+    assert builds.tree(tmp_path / "out") == wanted(settings, tmp_path)
+
+
 def test_a_stream_behind_a_link_is_replaced_whole(sources: Path, tmp_path: Path) -> None:
     builds.build_here(config(sources, tmp_path / "out"))
     (tmp_path / "out" / "columns").rename(tmp_path / "elsewhere")

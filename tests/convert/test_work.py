@@ -1,5 +1,6 @@
 """The work folder between runs: whose it is, what is removed of it, and what may change before the build goes on."""
 
+import gzip
 import json
 import os
 import shutil
@@ -301,6 +302,49 @@ def test_a_file_that_shrinks_or_grows_while_it_is_read_is_refused(
     with pytest.raises(UserError, match=r"the size of .*rows\.jsonl"):
         builds.build_here(settings)
     file.write_bytes(line * 300)  # cut back: the work done counts
+    builds.build_here(settings)
+    builds.build_here({**settings, "output": str(tmp_path / "undisturbed")})
+    assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("size", [15_000, 30_100])
+def test_a_line_that_is_cut_or_grows_while_it_is_read_is_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Neither the one that runs through the end of a part, nor the last one, which no newline ends."""
+    file = tmp_path / "rows.jsonl"
+    whole = builds.jsonl({"text": f"{i} {'word ' * 57}"} for i in range(100))[:30_000].rpartition(b"\n")[0]
+    file.write_bytes(whole)
+
+    class Meanwhile(builds.Inline):
+        def start(self, task: Any) -> None:
+            file.write_bytes(whole.ljust(size)[:size])
+            super().start(task)
+
+    settings = settings_for(tmp_path, tmp_path / "out", part_bytes=len(whole) // 2 + 1, shard_bytes=300)
+    settings["streams"] = {"s": {"sources": [{"files": [str(file)]}]}}
+    with monkeypatch.context() as patch:
+        patch.setattr(builds, "Inline", Meanwhile)
+        with pytest.raises(
+            UserError, match=f"end where it did when the build began and the file had {len(whole)} bytes"
+        ):
+            builds.build_here(settings)
+    file.write_bytes(whole)
+    builds.build_here(settings)
+    builds.build_here({**settings, "output": str(tmp_path / "undisturbed")})
+    assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "undisturbed")
+
+
+def test_what_came_of_a_damaged_file_does_not_count_once_it_is_mended(tmp_path: Path) -> None:
+    """A damaged letter shows at the file's end alone, when shards hold it."""
+    file = tmp_path / "rows.jsonl.gz"
+    whole = gzip.compress(builds.jsonl({"text": text} for text in ["A mistake" * 9, *builds.texts(5, 5000)]), 0)
+    file.write_bytes(whole.replace(b"mistake", b"mistike", 1))
+    settings = settings_for(tmp_path, tmp_path / "out")
+    settings["streams"] = {"s": {"sources": [{"files": [str(file)]}]}}
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz cannot be read to its end: CRC"):
+        builds.build_here(settings)
+    file.write_bytes(whole)
     builds.build_here(settings)
     builds.build_here({**settings, "output": str(tmp_path / "undisturbed")})
     assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "undisturbed")
