@@ -152,7 +152,10 @@ def check_model(old: Mapping[str, Any], new: Mapping[str, Any], step: int, own: 
 
 
 def _other_token(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """What two tokenizers (`About` keeps them) make of an id or a mark in other ways, if anything."""
+    """What of the old tokenizer (`About` keeps it) is another id or mark in the new one, if anything.
+
+    Tokens may be added: no text trained on so far had them.
+    """
     for key in ("eos_token", "pad_token"):
         if old[key] != new[key]:
             return f"{key} {new[key]!r} and not {old[key]!r}"
@@ -161,7 +164,7 @@ def _other_token(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     from tokenizers import Tokenizer
 
     was, now = (Tokenizer.from_str(each["tokenizer"]).get_vocab(with_added_tokens=True) for each in (old, new))
-    other = min(was.items() ^ now.items(), key=lambda item: item[1], default=None)
+    other = min(was.items() - now.items(), key=lambda item: item[1], default=None)
     return other and f"token {other[1]}"
 
 

@@ -32,7 +32,7 @@ def about(words: str = "end pad the cat", scaling: Any = None, positions: int = 
     [
         (about(eos_token="pad"), "eos_token 'pad' and not 'end' for one"),
         (about("end pad cat the"), "token 2 for one"),
-        (about("end pad the cat dog"), "token 4 for one"),
+        (about("end pad the"), "token 3 for one"),
     ],
 )
 def test_another_tokenizer_is_refused(own: bool, new: dict[str, Any], message: str) -> None:
@@ -43,6 +43,7 @@ def test_another_tokenizer_is_refused(own: bool, new: dict[str, Any], message: s
 
 def test_what_leaves_the_ids_as_they_are_is_no_other_tokenizer() -> None:
     check_model(about(), about() | {"tokenizer": about()["tokenizer"] + "\n"}, 5, True)
+    check_model(about(), about("end pad the cat dog"), 5, True)  # of which no text trained on had one
     check_model({key: value for key, value in about().items() if key != "tokenizer"}, about("a b c"), 5, True)
 
 
