@@ -75,7 +75,8 @@ def _check_entry(manifest: Json, stream: Json) -> None:
     numbers += [*rows["filtered"].values(), *rows["rejected"].values()]
     numbers += [stream[split][key] for split in SPLITS for key in ("shards", *COUNTS)]
     numbers += [manifest["tokenizer"][key] for key in ("eos_id", "pad_id", "vocab_size")]
-    words = [manifest["tokenizer"]["digest"], *(stream[split]["index"] or "" for split in SPLITS)]
+    words = [manifest["tokenizer"][key] for key in ("digest", "eos_token", "pad_token")]
+    words += [stream[split]["index"] or "" for split in SPLITS]
     if not (all(isinstance(n, int) and n >= 0 for n in numbers) and all(isinstance(word, str) for word in words)):
         raise Bad("a value in it is of another type")
     if form.dtype not in ("uint16", "uint32"):

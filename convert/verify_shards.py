@@ -67,6 +67,12 @@ def verify(root: Root, manifest: Json) -> list[str]:
         tokenizer = Tokenizer.from_buffer(raw)
     except Bad as bad:
         return [str(bad)]
+    stated = manifest["tokenizer"]
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    problems += _differs("tokenizer", "vocab_size", size, stated["vocab_size"])
+    for mark in ("eos", "pad"):
+        id_ = tokenizer.token_to_id(stated[f"{mark}_token"])
+        problems += _differs("tokenizer", f"{mark}_id", id_, stated[f"{mark}_id"])
     total = sum(manifest["streams"][name][split]["blocks"] for name in manifest["streams"] for split in SPLITS)
     with progress(total, "block", "verify") as bar:
         for name, stream in manifest["streams"].items():
@@ -194,7 +200,7 @@ def _rows(root: Root, name: str, stream: Json) -> list[str]:
     )
 
 
-def _differs(where: str, what: str, found: int, wanted: int) -> list[str]:
+def _differs(where: str, what: str, found: int | None, wanted: int) -> list[str]:
     """A sentence when a count is not the manifest's."""
     return [] if found == wanted else [f"{where}: {what}: found {found}, the manifest says {wanted}"]
 

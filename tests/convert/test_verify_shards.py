@@ -196,6 +196,17 @@ def test_each_count_is_checked(build: Path, capsys: pytest.CaptureFixture[str], 
     assert any(f"talk/train: {key}: found" in line for line in bad(build, capsys))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [("vocab_size", 9999, "vocab_size"), ("eos_token", "<|endofmind|>", "eos_id"), ("pad_token", " ", "pad_id")],
+)
+def test_what_is_said_of_the_tokenizer_is_checked(
+    build: Path, capsys: pytest.CaptureFixture[str], key: str, value: object, problem: str
+) -> None:
+    edit_manifest(build, lambda manifest: manifest["tokenizer"].update({key: value}))
+    assert any(line.startswith(f"bad: tokenizer: {problem}: found") for line in bad(build, capsys))
+
+
 def test_rows_must_add_up(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(manifest: Any) -> None:
         manifest["streams"]["joined"]["rows"]["filtered"]["too_short"] += 1
