@@ -128,10 +128,13 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
         values = OmegaConf.to_container(config)
-        for key, value in _misread(schema, values):
-            raise UserError(f"{path}: setting `{key}`: YAML reads {value!r} where a text is wanted: put it in quotes")
-        for key, value, wanted in _single(schema, values):
-            raise UserError(f"{path}: setting `{key}`: {value!r} stands where {wanted} is wanted")
+        for key, kind, value in _places(schema, values):
+            if _misread(kind, value):
+                raise UserError(
+                    f"{path}: setting `{key}`: YAML reads {value!r} where a text is wanted: put it in quotes"
+                )
+            if wanted := _several(kind, value):
+                raise UserError(f"{path}: setting `{key}`: {value!r} stands where {wanted} is wanted")
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
@@ -143,39 +146,33 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
     return cast(Settings, settings)
 
 
-def _misread(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The texts that YAML has read as something else, with their keys: `no` as False, `2024_10` as 202410."""
-    if kind is str and isinstance(value, (bool, int, float)):
-        yield key, value
-    elif is_dataclass(kind) and isinstance(value, dict):
-        for name, inner in get_type_hints(kind).items():
-            yield from _misread(inner, value.get(name), f"{key}.{name}".lstrip("."))
+def _places(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every place of a config with its key, the type wanted there and what it holds, nested ones after theirs."""
+    yield key, kind, value
+    inner: list[tuple[Any, Any, Any]] = []
+    if is_dataclass(kind) and isinstance(value, dict):
+        inner = [(name, wanted, value.get(name)) for name, wanted in get_type_hints(kind).items()]
     elif get_origin(kind) is dict and isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _misread(get_args(kind)[1], inner, f"{key}.{name}")
+        inner = [(name, get_args(kind)[1], held) for name, held in value.items()]
     elif get_origin(kind) is list and isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from _misread(get_args(kind)[0], inner, f"{key}.{place}")
-    elif get_origin(kind) is UnionType and str in get_args(kind):
-        yield from _misread(str, value, key)
+        inner = [(place, get_args(kind)[0], held) for place, held in enumerate(value)]
+    for name, wanted, held in inner:
+        yield from _places(wanted, held, f"{key}.{name}".lstrip("."))
 
 
-def _single(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Single values where several are wanted, with their keys and what that is: `files: a.jsonl`, `tokenizer: path`."""
+def _misread(kind: Any, value: Any) -> bool:
+    """Whether YAML has read a text as something else: `no` as False, `2024_10` as 202410."""
+    texts = kind is str or (get_origin(kind) is UnionType and str in get_args(kind))
+    return texts and isinstance(value, (bool, int, float))
+
+
+def _several(kind: Any, value: Any) -> str | None:
+    """What is wanted where a single value stands for several, if so: `files: a.jsonl`, `tokenizer: path`."""
     listed = get_origin(kind) is list
-    if isinstance(value, str) and "${" in value:
-        return  # it refers to what may be several
-    if isinstance(value, (str, bool, int, float)) and (listed or get_origin(kind) is dict or is_dataclass(kind)):
-        yield key, value, f"a list, [{value}]," if listed else "a mapping, {key: value},"
-    elif is_dataclass(kind) and isinstance(value, dict):
-        for name, inner in get_type_hints(kind).items():
-            yield from _single(inner, value.get(name), f"{key}.{name}".lstrip("."))
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _single(get_args(kind)[1], inner, f"{key}.{name}")
-    elif listed and isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from _single(get_args(kind)[0], inner, f"{key}.{place}")
+    single = isinstance(value, (str, bool, int, float)) and not (isinstance(value, str) and "${" in value)
+    if single and (listed or get_origin(kind) is dict or is_dataclass(kind)):  # `${…}` may refer to several
+        return f"a list, [{value}]," if listed else "a mapping, {key: value},"
+    return None
 
 
 def _of_another_kind(onto: Any, config: Any) -> str:
