@@ -136,7 +136,8 @@ def _expand(patterns: list[str], build: BuildSettings) -> list[str]:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [file for file in found if os.path.isfile(file) and not _is_ours(file, build)]
         if not found:
-            raise CannotOpen(f"no file at {pattern}")
+            folder = f"; it is a folder, of which `{pattern.rstrip('/')}/*.parquet` would be files"
+            raise CannotOpen(f"no file at {pattern}{folder if os.path.isdir(pattern) else ''}")
         for file in found:
             files.setdefault(os.path.realpath(file), file)
     for file in files.values():

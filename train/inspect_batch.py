@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from chimera.cli import UserError, parse, run
+from chimera.cli import UserError, parse, run, say
 from train.cache import ShardCache
 from train.main import open_root
 from train.ordering import BlockRef, RunOrder, digest, step_blocks
 from train.plan import plan_with_shards
 from train.reader import BlockReader
+from train.runlog import other_shards
 from train.settings import read_settings
 from train.shards import ShardsTokenizer
 
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     plan, indexes = plan_with_shards(settings)
     if indexes is None:
         raise UserError(f"no shards at {settings.shards}: build them, or set `shards` to where they are")
+    if other := other_shards(recorded(Path(settings.save_folder)), indexes):
+        say(f"warning: the shards at {settings.shards} are not those of the run in {settings.save_folder}: {other}")
     segment = plan.segment(step)
     order = RunOrder(plan, {name: index.shard_blocks for name, index in indexes.items()}, settings.seed)
     refs = step_blocks(order, step)
@@ -59,6 +63,14 @@ def main(argv: Sequence[str]) -> int:
             block["text"] = documents(tokens.reshape(-1, segment.seq_len), tokenizer)
     print(json.dumps(about, ensure_ascii=False) if args.json else "\n".join(lines(about)))
     return 0
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the run in a local save folder wrote in config.json; empty where there is none to be read."""
+    with suppress(OSError, ValueError):
+        about = json.loads((folder / "config.json").read_bytes())
+        return about if isinstance(about, dict) else {}
+    return {}
 
 
 def step_of(words: list[str]) -> int:

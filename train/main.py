@@ -278,7 +278,9 @@ def record(settings: TrainSettings, shards: "Shards", folder: Path, trainer: Any
     }
     trainer.logger.log_hyperparameters(about)
     if dist.get_global_rank() == 0:
-        (folder / "config.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+        whole = folder / ".config.json.tmp"
+        whole.write_text(json.dumps(about, indent=2, default=str) + "\n")
+        whole.replace(folder / "config.json")
         with (folder / "starts.jsonl").open("a") as file:
             file.write(json.dumps({key: about[key] for key in ("from_step", "ranks", "versions", "manifest")}) + "\n")
 

@@ -9,11 +9,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from chimera.cli import UserError, one_line
 from chimera.stores import is_remote
 from train.schedule import Plan
 from train.settings import TrainSettings, plan_of
+
+if TYPE_CHECKING:
+    from train.index import StreamIndex
 
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)-rank\d+\.pt")
 EVAL_LOSS = re.compile(r"metrics/eval/(.+)/(\d+)/loss")
@@ -206,7 +209,7 @@ def read_run(folder: Path) -> Run:
     plan = plan_of(settings, block_len)
 
     lines = _steps(folder / "steps.jsonl", plan)
-    metrics = [line for line in _json_lines(folder / "metrics.jsonl") if "step" in line]
+    metrics = list(_json_lines(folder / "metrics.jsonl", step=int))
     evals: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for line in metrics:
         for key, value in line.items():
@@ -222,7 +225,7 @@ def read_run(folder: Path) -> Run:
         loss=np.array([line["loss"] for line in lines], np.float64),
         blocks=np.array(blocks, np.int64).reshape(len(lines), len(plan.streams)),
         digests=[line["digest"] for line in lines],
-        starts=list(_json_lines(folder / "starts.jsonl")),
+        starts=list(_json_lines(folder / "starts.jsonl", from_step=int, ranks=int)),
         evals={key: _points(points) for key, points in sorted(evals.items())},
         speed=_points([(line["step"], line[SPEED]) for line in metrics if SPEED in line]),
         checkpoints=sorted(
@@ -245,12 +248,8 @@ def compare_digests(run: Run) -> tuple[list[int], str | None]:
         indexes = open_indexes(run.settings.shards, run.settings.cache, run.plan.streams)
     except UserError as error:
         return [], one_line(error)
-    for name, fingerprint in run.about.get("indexes", {}).items():
-        if name in indexes and fingerprint not in (None, indexes[name].fingerprint):
-            return [], (
-                f"the shards at {run.settings.shards} are not the run's: the index of {name} is "
-                f"{indexes[name].fingerprint[:12]}, it was {fingerprint[:12]}"
-            )
+    if other := other_shards(run.about, indexes):
+        return [], f"the shards at {run.settings.shards} are not the run's: {other}"
     order = RunOrder(run.plan, {name: index.shard_blocks for name, index in indexes.items()}, run.settings.seed)
     logged = dict(zip(run.steps.tolist(), run.digests, strict=True))
     differing = []
@@ -265,15 +264,21 @@ def compare_digests(run: Run) -> tuple[list[int], str | None]:
     return differing, None
 
 
+def other_shards(about: dict[str, Any], indexes: Mapping[str, "StreamIndex"]) -> str | None:
+    """Which index is another than a run's config.json (`about`) says, as of shards built again; `None` for none."""
+    for name, fingerprint in about.get("indexes", {}).items():
+        if name in indexes and fingerprint not in (None, indexes[name].fingerprint):
+            return f"the index of {name} is {indexes[name].fingerprint[:12]}, it was {fingerprint[:12]}"
+    return None
+
+
 def _steps(path: Path, plan: Plan) -> list[dict[str, Any]]:
     """The lines of steps.jsonl that say all of a step of the plan, each a later one's; damaged ones are left out."""
     found: list[dict[str, Any]] = []
-    kinds = {"step": int, "loss": int | float, "digest": str, "streams": dict}
-    for line in _json_lines(path):
-        if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()) or not math.isfinite(line["loss"]):
-            continue
+    for line in _json_lines(path, step=int, loss=int | float, digest=str, streams=dict):
         after = found[-1]["step"] if found else -1
-        if after < line["step"] < plan.steps and all(isinstance(tokens, int) for tokens in line["streams"].values()):
+        counts = all(isinstance(tokens, int) for tokens in line["streams"].values())
+        if after < line["step"] < plan.steps and counts and math.isfinite(line["loss"]):
             found.append(line)
     return found
 
@@ -294,8 +299,11 @@ def _points(points: list[tuple[int, float]]) -> Points:
     return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; what a running process has not finished writing is left out."""
+def _json_lines(path: Path, **kinds: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file that have `kinds`' keys with values of these types.
+
+    Others are left out: what a running process has not finished writing, or what damage left.
+    """
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -304,5 +312,5 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 value = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 value = None
-            if isinstance(value, dict):
+            if isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
                 yield value

@@ -207,6 +207,11 @@ def test_the_first_source_that_opens_is_used_and_the_others_named(sources: Path,
     settings["streams"]["s"]["sources"].pop()
     with pytest.raises(UserError, match=r"streams\.s: no source opens: /nowhere/x\.jsonl: no file at"):
         builds.build_here({**settings, "output": str(tmp_path / "none")})
+    settings["streams"]["s"]["sources"] = [{"files": [f"{sources}/"]}]
+    with pytest.raises(
+        UserError, match=f"no file at {sources}/; it is a folder, of which `{sources}/\\*.parquet` would"
+    ):
+        builds.build_here({**settings, "output": str(tmp_path / "none")})
     assert not (tmp_path / "none").exists()
 
 

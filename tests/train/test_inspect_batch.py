@@ -64,6 +64,21 @@ def test_text_is_cut_at_sequences_and_documents(look: Callable[..., Any]) -> Non
     assert out.count("── sequence") == 16
 
 
+def test_shards_built_again_since_the_run_are_said(
+    overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*overrides("run"), "step=0", "--json"]
+    index = "0" * 64
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"indexes": {"it_culturax": index}}))
+    inspect_batch.main(words)
+    assert f"are not those of the run in {tmp_path}/run: the index of it_culturax is" in capsys.readouterr().err
+    for torn in ('{"indexes": {"it_cul', "[]"):
+        (tmp_path / "run/config.json").write_text(torn)
+        inspect_batch.main(words)
+        assert capsys.readouterr().err == ""
+
+
 def test_text_cannot_steer_the_terminal() -> None:
     about = {"step": 0, "phase": "p", "seq_len": 8, "digest": "d", "blocks": []}
     block = {"stream": "s", "position": 0, "pass": 0, "shard": 0, "block": 0, "text": [["a\x1b[2Jb\x9bc\td\r"]]}

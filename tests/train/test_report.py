@@ -205,6 +205,13 @@ def test_a_branch_counts_what_came_before_its_first_step(
     assert f"digests of steps {first} to 39" in (folder / "report.html").read_text()
 
 
+def test_what_damage_left_of_a_start_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write('[]\n{"from_step": 30}\n{"from_step": "30", "ranks": 1}\n\0\0\n{"from_step": 30, "ra')
+    assert report.main([str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "starts (step, ranks): step 0 on 1, step 25 on 2"
+
+
 def test_the_page_needs_nothing_from_outside_and_escapes_names(folder: Path) -> None:
     report.main([str(folder)])
     html = (folder / "report.html").read_text()
