@@ -67,7 +67,8 @@ def open_hub(where: str, source: SourceSettings, column: str | None, retries: in
         _kind(span.file)  # not to find after a night that the last of them cannot be read
     _attempts(lambda: _probe(where, name, spans[0], column), name, retries)
     describe = {"hub": name, "subset": source.subset, "split": source.split, "revision": sha}
-    return {**describe, "format": builder.name, "data_files": len(files)}, spans
+    folder = {"data_dir": source.data_dir} if source.data_dir else {}
+    return {**describe, **folder, "format": builder.name, "data_files": len(files)}, spans
 
 
 def rows_of_hub(
@@ -142,12 +143,14 @@ def _resolve(where: str, source: SourceSettings) -> tuple[str, dict[str, int], A
         HfApi().hf_hub_download(source.hub, card, revision=sha, repo_type="dataset")
     library = _library()
     try:
-        builder = library.load_dataset_builder(source.hub, source.subset, revision=sha)
+        builder = library.load_dataset_builder(source.hub, source.subset, data_dir=source.data_dir, revision=sha)
     except LocalEntryNotFoundError:  # a `ValueError` too, but the hub is out of reach
         raise
     except ValueError as error:  # datasets' word for an unknown or missing subset; it lists those there are
         raise UserError(f"{where}: {source.hub}: subset {source.subset!r}: {one_line(error)}") from None
     except (RuntimeError, YAMLError, library.data_files.EmptyDatasetError) as error:  # scripts alone, a broken card
+        if source.data_dir and isinstance(error, library.data_files.EmptyDatasetError):
+            raise UserError(f"{where}: {source.hub} has no data files below `{source.data_dir}`") from None
         raise CannotOpen(one_line(error)) from None
     found = builder.config.data_files or {}
     if source.split not in found:

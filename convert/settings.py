@@ -30,10 +30,11 @@ class TokenizerSettings:
 
 @dataclass
 class SourceSettings:
-    """A hub set (`hub`, `subset`, `split`, `revision`) or local files (`files`: paths and globs)."""
+    """A hub set (`hub`, `subset`, `data_dir`, `split`, `revision`) or local files (`files`: paths and globs)."""
 
     hub: str | None = None
     subset: str | None = None
+    data_dir: str | None = None  # the folder of the set to read alone, as `load_dataset` takes it
     split: str = "train"
     revision: str | None = None
     column: str = "text"
@@ -202,8 +203,10 @@ def _check_stream(where: str, stream: StreamSettings) -> None:
             raise UserError(f"{where}.sources.{index}: give either `hub` or `files`")
         if not all(isinstance(file, str) and file for file in source.files):
             raise UserError(f"{where}.sources.{index}.files: {source.files} must be paths")
-        if source.files and (source.subset, source.split, source.revision) != (None, "train", None):
-            raise UserError(f"{where}.sources.{index}: `subset`, `split` and `revision` are for `hub`; files have none")
+        if source.files and source != SourceSettings(files=source.files, column=source.column):
+            raise UserError(
+                f"{where}.sources.{index}: `subset`, `data_dir`, `split` and `revision` are for `hub`; files have none"
+            )
 
 
 def _path(key: str, value: str) -> None:

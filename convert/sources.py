@@ -95,7 +95,8 @@ def source_name(source: SourceSettings) -> str:
     if not source.hub:
         return ", ".join(source.files)
     revision = f"@{source.revision}" if source.revision else ""
-    return f"{source.hub}{revision}" + (f" ({source.subset})" if source.subset else "")
+    which = ", ".join(filter(None, (source.subset, source.data_dir)))
+    return f"{source.hub}{revision}" + (f" ({which})" if which else "")
 
 
 def _column(stream: StreamSettings, source: SourceSettings) -> str | None:

@@ -142,7 +142,7 @@ TABLE = [
     (
         "convert.build_shards",
         [SHARDS, f"{EN}.sources=[{{files: [a.jsonl], subset: it}}]"],
-        "`subset`, `split` and `revision` are for `hub`; files have none",
+        "`subset`, `data_dir`, `split` and `revision` are for `hub`; files have none",
     ),
     ("convert.build_shards", [SHARDS, "part_bytes=8"], "part_bytes: 8 must be at least 1024"),
     ("convert.build_shards", [SHARDS, f"{EN}.min_chars=-1"], "must not be negative"),

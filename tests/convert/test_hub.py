@@ -430,6 +430,25 @@ def test_sets_without_anything_to_read_are_passed_over_at_once(
     assert shards(tmp_path / "out") == wanted
 
 
+@pytest.mark.parametrize("card", [None, "- config_name: default\n  data_files: 'data/*/*'\n"])
+def test_of_a_set_only_one_folder_is_read(build: Builder, hub: HubServer, tmp_path: Path, card: str | None) -> None:
+    """As of The Stack, whose languages are folders."""
+    bodies = {name: builds.jsonl({"text": text} for text in builds.texts(seed, 20)) for seed, name in enumerate("abc")}
+    name = "uonlp/CardFolders" if card else "uonlp/Folders"
+    hub.sets[name] = {"data/en/a.jsonl": bodies["a"], "data/it/b.jsonl": bodies["b"], "data/it/c.jsonl": bodies["c"]}
+    hub.sets[name] |= {"README.md": f"---\nconfigs:\n{card}---\n".encode()} if card else {}
+    error, said = build(settings_for(tmp_path, {"hub": name, "data_dir": "data/it"}))
+    assert error is None, said
+    assert f"source {name} (data/it), 2 parts" in said
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["streams"]["s"]["source"]["describe"]
+    assert (source["data_dir"], source["data_files"]) == ("data/it", 2)
+    hub.sets["uonlp/Alone"] = {"b.jsonl": bodies["b"], "c.jsonl": bodies["c"]}
+    build({**settings_for(tmp_path, {"hub": "uonlp/Alone"}), "output": str(tmp_path / "alone")})
+    assert shards(tmp_path / "out") == shards(tmp_path / "alone")
+    error, _ = build({**settings_for(tmp_path, {"hub": name, "data_dir": "data/de"}), "output": str(tmp_path / "none")})
+    assert error == f"streams.s: {name} has no data files below `data/de`"
+
+
 def test_a_subset_of_tsv_beside_one_of_jsonl_is_cut_at_tabs(build: Builder, hub: HubServer, tmp_path: Path) -> None:
     """`datasets` takes the first subset's format for that of all."""
     card = b"---\nconfigs:\n- config_name: en\n  data_files: a.jsonl\n- config_name: it\n  data_files: b.tsv\n---\n"
