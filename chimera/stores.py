@@ -4,11 +4,12 @@ import importlib.util
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from chimera.cli import UserError
+from chimera.cli import UserError, say
 
 URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/...`
 PASSWORD = re.compile(r"[a-z][a-z0-9-]*:/+[^/@]*:[^/@]*@")
@@ -17,6 +18,7 @@ WRITABLE = re.compile(
     r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?"
     r"|alipan:///.+|sftp://[^/]+/.+"
 )
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
@@ -146,7 +148,7 @@ def status_of(error: BaseException | None) -> int | None:
     return missing
 
 
-def seconds_asked(error: BaseException | None) -> float | None:
+def _seconds_asked(error: BaseException | None) -> float | None:
     """How long the server behind an exception asks to wait (`Retry-After`), where it does."""
     while error is not None:
         response: Any = getattr(error, "response", None)
@@ -156,6 +158,17 @@ def seconds_asked(error: BaseException | None) -> float | None:
                 return float(value)
         error = error.__cause__ or error.__context__
     return None
+
+
+def wait_to_retry(what: str, said: str, error: Exception, attempt: int, attempts: int) -> None:
+    """Say that `attempt` of `attempts` at `what` failed (`said`: why), and wait before the next one.
+
+    That is 1 s and each time twice as long, up to `LONGEST_WAIT`, or as long as the server asks for.
+    """
+    asked = _seconds_asked(error)
+    seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
+    say(f"{what}: {said}; attempt {attempt + 1} of {attempts} in {seconds:g} s")
+    time.sleep(seconds)
 
 
 def plain_uploads() -> None:
