@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError
-from convert.documents import IM_END, IM_START, Document
+from convert.documents import Document
 from convert.fastpath import (
     Unequal,
     byte_characters,

@@ -25,10 +25,10 @@ if __package__ in (None, ""):
 import numpy as np
 from numpy.typing import NDArray
 
+from chimera.chatml import IM_END, IM_START
 from chimera.cli import one_line, progress, run, say
 from convert.block_rules import BlockRules
 from convert.built import COUNTS, PLAIN_NAME, Bad, Root, form_of, read_manifest
-from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
 from convert.reading import Position, Span, open_lines
 from convert.shards import Json, ShardFormat, digest, file_of
