@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, lazy: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint that can be read: {one_line(error)[:200] or type(error).__name__}"
         ) from None
-    callbacks = dict(state["callbacks"])
+    callbacks = dict(state.get("callbacks") or {}) if isinstance(state, dict) else {}
     if "About" not in callbacks:
         raise UserError(f"{path} was not written by train/main.py: it lacks the model's description")
     return {**state, "callbacks": callbacks}
