@@ -23,7 +23,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chimera.chatml import IM_END, IM_START
 from chimera.cli import one_line, progress, run, say
@@ -31,9 +30,7 @@ from convert.block_rules import BlockRules
 from convert.built import COUNTS, PLAIN_NAME, Bad, Root, form_of, read_manifest
 from convert.journal import SPLITS
 from convert.reading import Position, Span, open_lines
-from convert.shards import Json, ShardFormat, digest, file_of
-
-Array = NDArray[Any]
+from convert.shards import Array, Json, ShardFormat, digest, file_of
 
 
 @dataclass
