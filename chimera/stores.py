@@ -106,9 +106,9 @@ def uploader(root: str, local: Path) -> Any:
 
 
 def download(client: Any, url: str, to: Path, seconds: float) -> None:
-    """Have `client`, from `downloader`, make `to` hold what is at `url`; nothing else at `to` while this runs.
+    """Download what is at `url` to `to`, whole or not at all, by a `client` that `downloader` made.
 
-    Raises what the client does, and `OSError` where it says nothing; `seconds` without an answer are too many.
+    `seconds` is how long to wait for an answer. Raises what the client does, and `OSError` where it fails silently.
     """
     # Streaming 0.13.0's for the hub and for Alipan go through a file of the object's own name beside the one asked for:
     # two processes would take each other's away, or a file in place. What a killed one leaves, the next try removes.
@@ -186,7 +186,8 @@ def send_whole(drive: Any) -> None:
     """Have an Alipan client (`AliPCSApi`) send each file it uploads.
 
     Where the drive knows a file that begins with the same KiB, alipcs_py 0.8.1 sends a checksum of the whole and takes
-    the file for uploaded, whatever the drive answers; and raw shards begin alike. So the KiB is not asked about.
+    the file for uploaded, whatever the drive answers; and raw shards begin alike. So the client is kept from asking
+    whether the drive knows the KiB.
     """
     create = drive.create_file
     drive.prepare_file = lambda name, folder, size, _first_kib, **more: create(name, folder, size, **more)

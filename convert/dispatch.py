@@ -45,7 +45,7 @@ class StreamRun:
         return None if self._budget is None else max(0, self._budget - self._tokens)
 
     def urgency(self) -> int | None:
-        """How little the next part of this stream can wait (0: least of all), or `None` when none is to be started.
+        """The priority of this stream's next part (0: the highest), or `None` when none is to be started.
 
         A stream's first part is wanted for certain, and so are all where no limit is set; of a limited stream the
         parts ahead may turn out to be too many, the more so the more of them run.

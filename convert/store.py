@@ -145,7 +145,7 @@ def _deletes(client: Any) -> bool:
 
 
 class Sender:
-    """Uploads the shards of one part behind its back, in order, and removes each local file once it is up.
+    """Uploads the shards of one part in the background, in order, and removes each local file once it is up.
 
     An empty file `NAME.sent` then stands for the shard, so a rerun knows.
     """
@@ -159,7 +159,7 @@ class Sender:
         self._thread.start()
 
     def send(self, file: Path, key: str) -> None:
-        """Hand a file over; waits while too many others do, so that local disk use stays bounded."""
+        """Queue a file; blocks while `WAITING_SHARDS` are queued, so that local disk use stays bounded."""
         self._queue.put((file, key))
         self._raise()
 
