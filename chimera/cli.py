@@ -25,7 +25,7 @@ class UserError(Exception):
     """Something only the user can mend; the message says what is wrong, where, and the remedy."""
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of which the system does not say where
+FULL = (errno.ENOSPC, errno.EDQUOT)  # these may name no file
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, *FULL)
 
 
@@ -57,8 +57,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         raise SystemExit(130) from None
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout) or _nobody_reads(sys.stderr):
-            raise  # work was cut short for want of who reads its messages
-        # `… | head`: who reads has had enough, which is no failure
+            raise  # another pipe broke, or that of messages too: the work may not be done
+        # `… | head`: the reader has had enough of our results, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in REFUSED or (error.filename is None and error.errno not in FULL):
@@ -82,8 +82,8 @@ def _nobody_reads(stream: TextIO) -> bool:
     """Whether `stream` is a pipe whose other end is closed."""
     poll = select.poll()
     try:
-        poll.register(stream.fileno(), 0)  # errors are told without being asked for
-    except (OSError, ValueError):  # it is no file
+        poll.register(stream.fileno(), 0)  # no event asked for: errors are always reported
+    except (OSError, ValueError):  # it has no file descriptor
         return False
     return bool(poll.poll(0))
 
@@ -167,7 +167,7 @@ def _misread(kind: Any, value: Any) -> bool:
 
 
 def _several(kind: Any, value: Any) -> str | None:
-    """What is wanted where a single value stands for several, if so: `files: a.jsonl`, `tokenizer: path`."""
+    """What is wanted, if a list or mapping is and `value` is a single one: `files: a.jsonl`, `tokenizer: path`."""
     listed = get_origin(kind) is list
     single = isinstance(value, (str, bool, int, float)) and not (isinstance(value, str) and "${" in value)
     if single and (listed or get_origin(kind) is dict or is_dataclass(kind)):  # `${…}` may refer to several
@@ -249,7 +249,7 @@ class _Lines:
 def say(message: str) -> None:
     """One line of what a tool does, on stderr, clear of a progress bar (stdout is for results).
 
-    Where nobody reads it any more (`… 2>&1 | head`), or its disk is full, what is being done goes on.
+    A message that cannot be written (its pipe is closed, as by `… 2>&1 | head`, or its disk full) stops no work.
     """
     with suppress(OSError):
         if "tqdm" in sys.modules:

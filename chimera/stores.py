@@ -4,11 +4,12 @@ import importlib.util
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from chimera.cli import UserError
+from chimera.cli import UserError, say
 
 URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/...`
 PASSWORD = re.compile(r"[a-z][a-z0-9-]*:/+[^/@]*:[^/@]*@")
@@ -17,6 +18,7 @@ WRITABLE = re.compile(
     r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?"
     r"|alipan:///.+|sftp://[^/]+/.+"
 )
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
@@ -104,9 +106,9 @@ def uploader(root: str, local: Path) -> Any:
 
 
 def download(client: Any, url: str, to: Path, seconds: float) -> None:
-    """Have `client`, from `downloader`, make `to` hold what is at `url`; nothing else at `to` while this runs.
+    """Download what is at `url` to `to`, whole or not at all, by a `client` that `downloader` made.
 
-    Raises what the client does, and `OSError` where it says nothing; `seconds` without an answer are too many.
+    `seconds` is how long to wait for an answer. Raises what the client does, and `OSError` where it fails silently.
     """
     # Streaming 0.13.0's for the hub and for Alipan go through a file of the object's own name beside the one asked for:
     # two processes would take each other's away, or a file in place. What a killed one leaves, the next try removes.
@@ -146,7 +148,7 @@ def status_of(error: BaseException | None) -> int | None:
     return missing
 
 
-def seconds_asked(error: BaseException | None) -> float | None:
+def _seconds_asked(error: BaseException | None) -> float | None:
     """How long the server behind an exception asks to wait (`Retry-After`), where it does."""
     while error is not None:
         response: Any = getattr(error, "response", None)
@@ -156,6 +158,17 @@ def seconds_asked(error: BaseException | None) -> float | None:
                 return float(value)
         error = error.__cause__ or error.__context__
     return None
+
+
+def wait_to_retry(what: str, said: str, error: Exception, attempt: int, attempts: int) -> None:
+    """Say that `attempt` of `attempts` at `what` failed (`said`: why), and wait before the next one.
+
+    That is 1 s and each time twice as long, up to `LONGEST_WAIT`, or as long as the server asks for.
+    """
+    asked = _seconds_asked(error)
+    seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
+    say(f"{what}: {said}; attempt {attempt + 1} of {attempts} in {seconds:g} s")
+    time.sleep(seconds)
 
 
 def plain_uploads() -> None:
@@ -173,7 +186,8 @@ def send_whole(drive: Any) -> None:
     """Have an Alipan client (`AliPCSApi`) send each file it uploads.
 
     Where the drive knows a file that begins with the same KiB, alipcs_py 0.8.1 sends a checksum of the whole and takes
-    the file for uploaded, whatever the drive answers; and raw shards begin alike. So the KiB is not asked about.
+    the file for uploaded, whatever the drive answers; and raw shards begin alike. So the client is kept from asking
+    whether the drive knows the KiB.
     """
     create = drive.create_file
     drive.prepare_file = lambda name, folder, size, _first_kib, **more: create(name, folder, size, **more)

@@ -28,6 +28,7 @@ class StreamRun:
         self.accepted: list[PartState] = []
         self._tokens = 0  # of the train split in the accepted parts
         self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
+        self._failed: dict[int, UserError] = {}  # parts ahead that failed, and may turn out not to be wanted
         self._running: set[int] = set()
         found = [self.committed(index) for index in range(len(plan.parts))]
         self.bar = _Bar(plan, found)
@@ -44,7 +45,7 @@ class StreamRun:
         return None if self._budget is None else max(0, self._budget - self._tokens)
 
     def urgency(self) -> int | None:
-        """How little the next part of this stream can wait (0: least of all), or `None` when none is to be started.
+        """The priority of this stream's next part (0: the highest), or `None` when none is to be started.
 
         A stream's first part is wanted for certain, and so are all where no limit is set; of a limited stream the
         parts ahead may turn out to be too many, the more so the more of them run.
@@ -71,7 +72,8 @@ class StreamRun:
         first = len(self.accepted)
         last = len(self.plan.parts) if self._ahead or self._budget is None else first + 1
         wanted = range(first, 0 if self.finished else last)
-        return next((i for i in wanted if i not in self._done and i not in self._running), None)
+        taken = self._done.keys() | self._failed.keys() | self._running
+        return next((i for i in wanted if i not in taken), None)
 
     def done(self, index: int) -> None:
         self._running.discard(index)
@@ -79,11 +81,24 @@ class StreamRun:
         self.bar.at(index, state)
         self._settle()
 
+    def failed(self, index: int, error: Exception) -> None:
+        """Raise what ended a part: at once or, in a part that ran ahead of a limit, when that part is wanted."""
+        if self._budget is None or not isinstance(error, UserError):
+            raise error
+        if index != len(self.accepted):
+            say(f"{self.plan.name}: part {index} failed, which counts only if the stream comes to it: {error}")
+        self._running.discard(index)
+        self._failed[index] = error
+        self._settle()
+
     def lost(self, index: int) -> None:
         self._running.discard(index)
 
     def _settle(self) -> None:
-        """Accept ended parts in order, as far as they hold what is wanted of them."""
+        """Accept ended parts in order, as far as they hold what is wanted of them.
+
+        Raises the `UserError` of the next part where that has failed.
+        """
         while self._left != 0 and len(self.accepted) in self._done:
             state = self._done.pop(len(self.accepted))
             if not fits(state, self._left):
@@ -91,6 +106,8 @@ class StreamRun:
             self.accepted.append(state)
             self._tokens += state.splits["train"].tokens
             self.bar.accept()
+        if not self.finished and (error := self._failed.get(len(self.accepted))):
+            raise error
 
 
 class Dispatcher:
@@ -140,7 +157,8 @@ class Dispatcher:
             return
         del self._heard[task]
         if event.kind == "failed":
-            raise event.payload
+            run.failed(task.part, event.payload)
+            return
         if event.kind == "done":
             run.done(task.part)
             if run.finished:  # `max_tokens` is reached: parts that ran ahead are not needed

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ LONG_LINE = 1 << 20  # bytes
 MOST_VALUES = 1 << 20  # of a long line; as objects of Python they take a hundred times their bytes
 _LOW_ESCAPE = re.compile(rb"\\u[dD][cC][89a-fA-F]")
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][cC][89a-fA-F][0-9a-fA-F])|.)", re.DOTALL)
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 
 

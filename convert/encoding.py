@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
+from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError
-from convert.documents import IM_END, IM_START, Document
+from convert.documents import Document
 from convert.fastpath import (
     Unequal,
     byte_characters,
@@ -28,6 +29,7 @@ from convert.fastpath import (
     same_in_pieces,
     tiktoken_encoding,
 )
+from convert.shards import Array
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 
 BATCH = 1 << 20  # characters handed to `tokenizers` at a time
 _UTF_8 = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # the bytes that occur in it
-
-Array = NDArray[Any]
 
 
 class Encoder:

@@ -23,7 +23,7 @@ _MARK = re.compile(rb'["\[\]{},]')
 _QUOTED = re.compile(rb'["\\]')
 _LONE_CR = re.compile(r"\r(?!\n)")
 _NUL = "\u0100" if sys.version_info < (3, 11) else "\0"  # what stands for one, which 3.10's csv module refuses
-_MORE_FIELDS = 1 << 16  # than any file names
+_MORE_FIELDS = 1 << 16  # fields; more than any file has columns
 
 
 def is_text(file: str) -> bool:
@@ -101,14 +101,14 @@ def _csv_rows(span: Span, column: str | None, skip: int, file: BufferedReader) -
 class _CsvLines:
     """The lines of a CSV file, one character a byte; each ends in a newline, a carriage return or both.
 
-    For one too long another comes, with so many fields that its row is rejected. Raises `csv.Error` where a quote is
-    open before or behind it: its end is not known then.
+    A line that is too long is replaced by one of so many fields that its row is rejected. Raises `csv.Error` where a
+    quote is open at its beginning or end, as it is then unknown where its row ends.
     """
 
     def __init__(self, file: BufferedReader, delimiter: str) -> None:
         self._file, self._delimiter = file, delimiter
         self._found: Iterator[str] = iter(())
-        self.given = 0  # lines of the row at hand, as who reads them has it
+        self.given = 0  # lines given out for the row at hand; the reader of rows sets it back to 0
         self.ended = False
 
     def __iter__(self) -> "_CsvLines":

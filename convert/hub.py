@@ -16,14 +16,13 @@ import functools
 import io
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from chimera.cli import UserError, one_line, say
-from chimera.stores import seconds_asked
+from chimera.cli import UserError, one_line
+from chimera.stores import wait_to_retry
 from convert.columnar import column_ranges, open_parquet, parquet_rows
 from convert.documents import Dropped
 from convert.formats import is_text, rows_of_text
@@ -34,7 +33,6 @@ from convert.settings import SourceSettings
 from convert.shards import Json
 from convert.sources import CannotOpen, check_columns
 
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 OPENING = 4  # attempts at most before a source that never answered is passed over
 _BUFFER = 1 << 20  # bytes
 _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -97,7 +95,7 @@ def rows_of_hub(
                     f"{span.file} fails at row {position.number} after {tries}: {_say(error)}: run the same command "
                     "again later; it goes on where it stopped"
                 ) from None
-            _wait(span.file, error, failures, retries)
+            wait_to_retry(span.file, _say(error), error, failures, retries)
 
 
 def _rows(span: Span, column: str | None, start: Position, scratch: Path | None = None) -> Iterator[Row]:
@@ -244,7 +242,7 @@ def _attempts(act: Callable[[], Result], name: str, retries: int) -> Result:
                 raise CannotOpen(_say(error)) from None
             if attempt == retries:
                 raise CannotOpen(f"out of reach after {attempt} attempts: {_say(error)}") from None
-            _wait(name, error, attempt, retries)
+            wait_to_retry(name, _say(error), error, attempt, retries)
     raise AssertionError("unreachable")
 
 
@@ -266,13 +264,6 @@ def _passing(error: Exception) -> bool:
         return response.status_code in (408, 429)
     missing = _library().exceptions
     return not isinstance(error, (missing.DatasetNotFoundError, missing.DataFilesNotFoundError))
-
-
-def _wait(what: str, error: Exception, attempt: int, retries: int) -> None:
-    asked = seconds_asked(error)
-    seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
-    say(f"{what}: {_say(error)}; attempt {attempt + 1} of {retries} in {seconds:g} s")
-    time.sleep(seconds)
 
 
 def _say(error: Exception) -> str:

@@ -8,6 +8,7 @@ worker. A lock beside the folder keeps a worker that outlived its builder from w
 import fcntl
 import io
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -135,11 +136,22 @@ def empty(work: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock file `path`; yields whether it was free (always with `wait`). It dies with its holder."""
+    """Hold the lock file `path`; yields whether it is ours now. It dies with its holder.
+
+    With `wait` it is, unless its holder removed it meanwhile.
+    """
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
-        yield path.exists()  # or the holder before us has removed the folder with it
+        yield _is_at(path, file.fileno())  # or the holder before us removed it, and others hold one made since
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

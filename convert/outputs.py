@@ -42,7 +42,10 @@ class Output(Protocol):
         ...
 
     def adopt(self, made: Path, key: str, entry: Json) -> bool:
-        """Take the finished shard `made` as `key`; again after a kill. Whether what its index entry says is there."""
+        """Publish the finished shard `made` as `key`; returns whether the output holds it as its index entry says.
+
+        May be repeated after a kill: then `made` can be gone, and what was published is checked.
+        """
         ...
 
     def claim(self, work: Path, rebuild: bool) -> None:
@@ -54,7 +57,7 @@ class Output(Protocol):
         ...
 
     def clear(self, streams: Iterable[str]) -> None:
-        """Remove what an older build left of `streams`, the manifest first; again after a kill."""
+        """Remove what an older build left of `streams`, the manifest first; may be repeated after a kill."""
         ...
 
     def prune(self, split: str, known: Iterable[str]) -> None:

@@ -81,7 +81,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
 
 
 def _remove(folder: Path, stream: str, store: Store | None) -> None:
-    """Remove what is done of a part; what of it a store keeps for good is written anew under the same names."""
+    """Remove what is done of a part. Objects of a store that cannot delete stay: the part's redo overwrites them."""
     if store and store.can_delete:
         for key in all_shard_keys(stream, journal.load(folder)[0]):
             store.delete(key)
@@ -89,7 +89,7 @@ def _remove(folder: Path, stream: str, store: Store | None) -> None:
 
 
 def fits(state: PartState, limit: int | None) -> bool:
-    """Whether a part's state leads to, or is, what the part must hold under `limit` train tokens."""
+    """Whether a part that goes on from `state`, or ended with it, holds what it must under `limit` train tokens."""
     if limit is None or state.limit is not None:
         return state.limit == limit
     return state.splits["train"].tokens < limit
@@ -157,7 +157,10 @@ class _Part:
             start = Position()
 
     def _document(self, span: int, row: Row) -> Document | Dropped | None:
-        """What a row holds; of the row itself stays its reject line at most, which is short where the row is long."""
+        """What a row holds. The row itself is emptied to save memory: `row.raw` becomes its reject line or `None`.
+
+        (A reject line shows no more than the beginning of a long row.)
+        """
         found = row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
         row.raw = self._reject_line(span, row, found) if isinstance(found, Dropped) else None
         row.value = None
@@ -225,7 +228,7 @@ class _Part:
         if dropped.kind == "filtered":
             return None
         line = reject_line(self.part.spans[span].file, dropped.reason, row)
-        # the span's place goes along: lines of a range are counted from its start until all parts are known
+        # Behind the span's index: line numbers count from the span's start, until publishing adds the lines before it.
         return b"%d " % span + line
 
     def _write_shards(self, rest: bool = False) -> None:

@@ -165,7 +165,7 @@ def collect_rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> Pat
     lines_before: dict[str, int] = {}  # physical lines of each file in the spans so far
     collected = work / "rejects.jsonl.zst"
     with open(collected, "wb") as out:
-        # With a checksum, by which damage shows: the manifest holds their number alone.
+        # With a checksum, so that damage is noticed: the manifest holds no hash of this file.
         packed = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(out, closefd=False)
         for index, state in enumerate(parts):
             bases = []

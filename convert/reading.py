@@ -43,7 +43,7 @@ class Span:
     end: int | None
     bytes: int
     delimiter: str = ","  # of CSV
-    size: int | None = None  # bytes of a file that was cut into ranges, all of it that counts
+    size: int | None = None  # bytes the whole file had when it was cut into ranges
 
 
 class Position(NamedTuple):
@@ -55,7 +55,7 @@ class Position(NamedTuple):
 
 @dataclass(slots=True)
 class Row:
-    """One row; who has read it may set `value` and `raw` to `None`, so that a long line is in memory once."""
+    """One row; its consumer may set `value` and `raw` to `None`, so that a long line is in memory only once."""
 
     value: object  # a mapping of columns, `Dropped` where none could be read, `None` for a blank line
     raw: object  # what a reject file shows: the line's first `RAW_SHOWN` bytes, or the mapping
@@ -124,7 +124,7 @@ def jsonl_rows(
 def open_lines(span: Span, below: io.BufferedReader, start: Position) -> tuple[io.BufferedReader, int]:
     """A buffered file positioned at the start of a line, and that position in bytes."""
     if span.file.endswith(_PACKED):
-        if not below.peek(1):  # no data at all would take some bytes; Python's readers take this for it
+        if not below.peek(1):  # Python's readers accept this, though even no data has a header once packed
             raise EOFError("the compressed data is cut off")
         readers: dict[str, Callable[[Any], Any]] = {"gz": gzip.GzipFile, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
         reader = readers.get(span.file.rpartition(".")[2], _Zstd)

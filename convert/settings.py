@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chimera.chatml import IM_END
 from chimera.cli import UserError
 from chimera.stores import check_writable, is_remote
-from convert.documents import IM_END
 from convert.packing import PACKINGS
 
 FORMATS = ("text", "chatml")

@@ -11,14 +11,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from chimera.cli import UserError, one_line, say
 from convert.columnar import column_bytes, conversation_columns, open_parquet
 from convert.reading import Position, Row, Span, rows_of_file
 from convert.settings import BuildSettings, SourceSettings, StreamSettings
+from convert.shards import Json
 
-Json = dict[str, Any]
 FILE_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _PACKED = 4  # text is about this many times larger than its .gz or .zst
 

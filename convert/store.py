@@ -11,17 +11,15 @@ import platform
 import queue
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from chimera.cli import UserError, one_line, say
-from chimera.stores import download, downloader, seconds_asked, status_of, uploader
+from chimera.cli import UserError, one_line
+from chimera.stores import download, downloader, status_of, uploader, wait_to_retry
 from convert.journal import SENT
 
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the store asks for more
 DOWNLOAD_SECONDS = 300.0  # to read one object back
 WAITING_SHARDS = 2  # files of a part that may wait for their upload
 
@@ -137,10 +135,7 @@ class Store:
                         f"{what} failed after {attempt} attempt{'s' if attempt > 1 else ''}: {said}: mend it and run "
                         "the same command again; it goes on where it stopped"
                     ) from None
-                asked = seconds_asked(error)
-                seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
-                say(f"{what}: {said}; attempt {attempt + 1} of {self._retries} in {seconds:g} s")
-                time.sleep(seconds)
+                wait_to_retry(what, said, error, attempt, self._retries)
                 self._uploader = self._downloader = None  # SFTP's do not connect again by themselves
         raise AssertionError("unreachable")
 
@@ -150,7 +145,7 @@ def _deletes(client: Any) -> bool:
 
 
 class Sender:
-    """Uploads the shards of one part behind its back, in order, and removes each local file once it is up.
+    """Uploads the shards of one part in the background, in order, and removes each local file once it is up.
 
     An empty file `NAME.sent` then stands for the shard, so a rerun knows.
     """
@@ -164,7 +159,7 @@ class Sender:
         self._thread.start()
 
     def send(self, file: Path, key: str) -> None:
-        """Hand a file over; waits while too many others do, so that local disk use stays bounded."""
+        """Queue a file; blocks while `WAITING_SHARDS` are queued, so that local disk use stays bounded."""
         self._queue.put((file, key))
         self._raise()
 

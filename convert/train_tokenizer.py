@@ -15,20 +15,15 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from chimera.chatml import CHAT_TEMPLATE, IM_END, IM_START
 from chimera.cli import UserError, load_settings, parse, progress, run, say
-from convert.documents import IM_END, IM_START, Document, DocumentReader, Dropped
+from convert.documents import Document, DocumentReader, Dropped
 from convert.encoding import Encoder
 from convert.settings import BuildSettings, StreamSettings, check
 from convert.shards import write_file
 
 if TYPE_CHECKING:
     from convert.sources import Opened
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 @dataclass

@@ -23,17 +23,14 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from numpy.typing import NDArray
 
+from chimera.chatml import IM_END, IM_START
 from chimera.cli import one_line, progress, run, say
 from convert.block_rules import BlockRules
 from convert.built import COUNTS, PLAIN_NAME, Bad, Root, form_of, read_manifest
-from convert.documents import IM_END, IM_START
 from convert.journal import SPLITS
 from convert.reading import Position, Span, open_lines
-from convert.shards import Json, ShardFormat, digest, file_of
-
-Array = NDArray[Any]
+from convert.shards import Array, Json, ShardFormat, digest, file_of
 
 
 @dataclass
@@ -60,14 +57,14 @@ def verify(root: Root, manifest: Json) -> list[str]:
     from tokenizers import Tokenizer
 
     problems: list[str] = []
+    stated = manifest["tokenizer"]
     try:
         raw = root.read("tokenizer/tokenizer.json")
-        if hashlib.sha256(raw).hexdigest() != manifest["tokenizer"]["digest"]:
-            raise Bad("tokenizer/tokenizer.json: not the tokenizer of the manifest")
-        tokenizer = Tokenizer.from_buffer(raw)
     except Bad as bad:
         return [str(bad)]
-    stated = manifest["tokenizer"]
+    if hashlib.sha256(raw).hexdigest() != stated["digest"]:
+        return ["tokenizer/tokenizer.json: not the tokenizer of the manifest"]
+    tokenizer = Tokenizer.from_buffer(raw)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     problems += _differs("tokenizer", "vocab_size", size, stated["vocab_size"])
     for mark in ("eos", "pad"):
@@ -76,7 +73,7 @@ def verify(root: Root, manifest: Json) -> list[str]:
     total = sum(manifest["streams"][name][split]["blocks"] for name in manifest["streams"] for split in SPLITS)
     with progress(total, "block", "verify") as bar:
         for name, stream in manifest["streams"].items():
-            rules = _rules(manifest["tokenizer"], tokenizer, stream)
+            rules = _rules(stated, tokenizer, stream)
             highest = -1
             for split in SPLITS:
                 found = Found()
@@ -120,9 +117,7 @@ def _blocks(
     shards = json.loads(index)["shards"]
     problems += _differs(folder, "shards", len(shards), summary["shards"])
     for shard in shards:
-        root.seen.add(
-            f"{folder}/{shard['raw_data']['basename']}"
-        )  # streaming's readers put it beside the compressed one
+        root.seen.add(f"{folder}/{shard['raw_data']['basename']}")  # streaming's readers leave it beside the compressed
         try:
             tokens, masks = _read_shard(root, folder, shard, form)
         except Bad as bad:

@@ -119,7 +119,8 @@ class ShardCache:
 
     def _fetch(self, index: StreamIndex, shard: Shard, path: Path) -> None:
         """Make `path` hold the raw shard; the caller has its lock."""
-        stored, place = shard.zip or shard.raw, f"{index.folder}/{(shard.zip or shard.raw).name}"
+        stored = shard.zip or shard.raw
+        place = f"{index.folder}/{stored.name}"
         room = path.with_name(f".{path.name}.part")
         self._make_room(room, shard.raw.bytes)
         fetched = path.with_name(f".{path.name}.fetched")
@@ -182,12 +183,12 @@ class ShardCache:
                     stat = path.stat()
                     files.append((path.name.endswith(".mds"), stat.st_mtime_ns, stat.st_size, path))
                 elif path.name.endswith((".fetched", ".fetched.d")):
-                    _remove_unlesslocked(path)  # a killed process's; no part of the limit
+                    _remove_unless_locked(path)  # a killed process's; no part of the limit
         used = sum(bytes_ for _, _, bytes_, _ in files)
         for _, _, freed, path in sorted(files):  # reservations of killed processes first
             if used + size <= limit:
                 return
-            if _remove_unlesslocked(path):
+            if _remove_unless_locked(path):
                 used -= freed
         if used + size > limit:
             raise ShardError(f"`cache_limit` of {limit} bytes is too small: {used} are in use, {size} more are needed")
@@ -207,7 +208,7 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{name}.lock")
 
 
-def _remove_unlesslocked(path: Path) -> bool:
+def _remove_unless_locked(path: Path) -> bool:
     """Remove a shard or what a killed process left; False where the shard is being fetched or opened."""
     with open(_lock_of(path), "a") as file:
         try:

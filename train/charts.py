@@ -82,20 +82,21 @@ def chart(
     return "".join([*parts, "</svg>"])
 
 
-def legend(lines: Sequence[Line], names: Sequence[str] = ()) -> str:
-    """An HTML list of the lines, each name once; `names` are further entries of plain text."""
+def legend(lines: Sequence[Line]) -> str:
+    """An HTML list of the lines, each name once."""
     seen = {line.name: line for line in reversed(lines) if not line.faint}
     items = [
         f'<li><i class="{"dash" if line.dashed else ""}" style="--c:var(--s{line.colour % COLOURS})"></i>'
         f"{escape(line.name)}</li>"
         for line in reversed(seen.values())
     ]
-    return f'<ul class="legend">{"".join([*items, *(f"<li>{name}</li>" for name in names)])}</ul>'
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def short(number: float) -> str:
     """A count in few characters: 45000 → 45k, 450560000 → 451M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    number = float(f"{number:.3g}")  # first, as it may bring the next unit: 999.6 → 1k
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"

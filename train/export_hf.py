@@ -17,16 +17,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from chimera.chatml import CHAT_TEMPLATE, IM_END
 from chimera.cli import UserError, one_line, run, say
 from chimera.stack import check_stack
 from chimera.stores import is_remote
-
-# The rendering of convert/documents.py: a newline between turns, none after the last.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +53,7 @@ def export(checkpoint: Path, out: Path, dtype: str = "float32") -> None:
     model = build(about, state["model"], getattr(torch, dtype))
     model.save_pretrained(out)
     tokenizer = save_tokenizer(about, out)
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)]
     generation = {
         "bos_token_id": None,
         "eos_token_id": sorted({end for end in ends if end is not None}),
@@ -92,7 +86,7 @@ def read_checkpoint(path: Path, lazy: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint that can be read: {one_line(error)[:200] or type(error).__name__}"
         ) from None
-    callbacks = dict(state["callbacks"])
+    callbacks = dict(state.get("callbacks") or {}) if isinstance(state, dict) else {}
     if "About" not in callbacks:
         raise UserError(f"{path} was not written by train/main.py: it lacks the model's description")
     return {**state, "callbacks": callbacks}
@@ -148,7 +142,7 @@ def card(about: dict[str, Any], state: dict[str, Any]) -> str:
             *rows,
             "",
             "The tokenizer's chat template is ChatML; documents end with "
-            f"`{about['eos_token']}`, turns with `<|im_end|>`.",
+            f"`{about['eos_token']}`, turns with `{IM_END}`.",
             "",
         ]
     )

@@ -127,39 +127,11 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
         )
     try:
         if pretrained:
-            model = AutoModelForCausalLM.from_pretrained(
-                pretrained,
-                local_files_only=True,
-                trust_remote_code=False,
-                torch_dtype=torch.float32,
-                attn_implementation=attention,
-                **_changes(pretrained, options),
-            )
+            model = _pretrained(pretrained, options, attention)
             if model.get_input_embeddings().num_embeddings < vocab_size:
                 model.resize_token_embeddings(padded, mean_resizing=False)
         else:
-            model_type = options.pop("model_type", None)
-            if model_type is None:
-                raise UserError("setting `model` needs `model_type` (llama, ...) or `pretrained: FOLDER`")
-            options["vocab_size"] = size
-            known = set(AutoConfig.for_model(model_type).to_dict())
-            for key in sorted(options.keys() - known):
-                if options.pop(key) is not None:  # null takes back what a `base` says for another model type
-                    raise UserError(
-                        f"setting `model.{key}` is unknown to transformers' {model_type} configuration: correct it, or "
-                        "set it to null if it comes from a `base`"
-                    )
-            config = AutoConfig.for_model(
-                model_type,
-                **{
-                    "bos_token_id": None,
-                    "eos_token_id": eos_id,
-                    "pad_token_id": pad_id if pad_id >= 0 else None,
-                    **options,
-                    "return_dict": True,  # the logits are read by their name
-                },
-            )
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, torch_dtype=torch.float32)
+            model = _new({**options, "vocab_size": size}, attention, eos_id, pad_id)
     except UserError:
         raise
     except Exception as error:  # whatever sizes that do not fit together raise
@@ -172,6 +144,43 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
     if settings.liger:
         _apply_liger(model)
     return CausalLM(model)
+
+
+def _new(options: dict[str, Any], attention: str, eos_id: int, pad_id: int) -> PreTrainedModel:
+    """A model of random weights; raises `UserError` for a key its type does not know."""
+    model_type = options.pop("model_type", None)
+    if model_type is None:
+        raise UserError("setting `model` needs `model_type` (llama, ...) or `pretrained: FOLDER`")
+    known = set(AutoConfig.for_model(model_type).to_dict())
+    for key in sorted(options.keys() - known):
+        if options.pop(key) is not None:  # null takes back what a `base` says for another model type
+            raise UserError(
+                f"setting `model.{key}` is unknown to transformers' {model_type} configuration: correct it, or "
+                "set it to null if it comes from a `base`"
+            )
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "bos_token_id": None,
+            "eos_token_id": eos_id,
+            "pad_token_id": pad_id if pad_id >= 0 else None,
+            **options,
+            "return_dict": True,  # the logits are read by their name
+        },
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, torch_dtype=torch.float32)
+
+
+def _pretrained(folder: str, options: dict[str, Any], attention: str) -> PreTrainedModel:
+    """The model in `folder`, which `options` may change as `_changes` says."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        torch_dtype=torch.float32,
+        attn_implementation=attention,
+        **_changes(folder, options),
+    )
 
 
 def _changes(pretrained: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -163,7 +163,10 @@ def keep_steps(path: Path, steps: int) -> None:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Keep a file of other steps than the run's as `.old`, unless a longer one is; `why` is said of its folder."""
+    """Move a file with another run's steps to `.old`, or remove it if it is empty or a longer `.old` is there.
+
+    `why` completes the message, which begins with the folder's name.
+    """
     if not path.exists():
         return
     old, size = path.with_name(f"{path.name}.old"), path.stat().st_size

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-import numpy as np
-
-from train.charts import Line, chart, legend, short
+from train.charts import short
+from train.figures import figures, ranks
 from train.runlog import MixRow, Run, StageRow
 
 STYLE = """
@@ -49,7 +48,6 @@ dl{margin:0}dt{color:var(--soft);font-size:13px}dd{margin:0 0 6px}
 def page(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
     """The page of a run; `differing` are steps whose digest is not the plan's, `unchecked` why none was computed."""
     name = escape(run.settings.run_name)
-    charts = "".join([_mix(run), _distance(run), _loss(run), _eval(run), _lengths(run), _speed(run)])
     tables = "".join(
         [
             _table_of_mix(run.mix()),
@@ -66,7 +64,7 @@ def page(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{STYLE}</style><body><h1>{name}</h1><p>{_summary(run)}</p>"
         f'<div class="tiles">{_tiles(run, differing, unchecked)}</div>'
-        f'<div class="grid">{charts}</div><div class="grid">{tables}</div></body></html>\n'
+        f'<div class="grid">{figures(run)}</div><div class="grid">{tables}</div></body></html>\n'
     )
 
 
@@ -119,117 +117,6 @@ def _tiles(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         check,
     ]
     return "".join(f'<div class="{kind}"><b>{value}</b><span>{label}</span></div>' for kind, value, label in tiles)
-
-
-def _figure(title: str, note: str, svg: str, below: str = "") -> str:
-    return f"<section><h2>{title}</h2><p>{note}</p>{svg}{below}</section>"
-
-
-def _cuts(run: Run) -> list[tuple[int, str]]:
-    spans = zip(run.plan.phases, run.phase_spans(), strict=True)
-    return [(first, phase.name) for phase, (first, _) in spans]
-
-
-def _marks(run: Run) -> list[tuple[int, str]]:
-    return [(s["from_step"], f"start at step {s['from_step']} on {_ranks(s)}") for s in run.starts]
-
-
-def _ranks(start: dict[str, int]) -> str:
-    return f"{start['ranks']} rank{'s' if start['ranks'] != 1 else ''}"
-
-
-def _mix(run: Run) -> str:
-    realised, planned = [], []
-    for number_, (phase, (first, end)) in enumerate(zip(run.plan.phases, run.phase_spans(), strict=True)):
-        steps, shares = run.shares(number_)
-        for index, stream in enumerate(run.plan.streams):
-            share = float(phase.proportions.get(stream, 0))
-            realised.append(Line(stream, steps, shares[:, index], index))
-            ends = np.array([first, end]), np.array([share, share])
-            planned.append(Line("planned", *ends, index, dashed=True))
-    lines = [*realised, *planned]
-    top = max([0.05, *(float(share) for phase in run.plan.phases for share in phase.proportions.values())])
-    svg = chart(
-        "share of each stream over steps",
-        lines,
-        run.plan.steps,
-        lambda value: f"{100 * value:.0f} %",
-        (0, min(1.0, top * 1.15)),
-        _cuts(run),
-        _marks(run),
-    )
-    note = "Share of the tokens since the phase began, against the plan. Triangles: where the run was started."
-    return _figure("Mix", note, svg, legend(lines))
-
-
-def _distance(run: Run) -> str:
-    lines = []
-    for phase in range(len(run.plan.phases)):
-        steps, away = run.distances(phase)
-        lines += [Line(s, steps, away[:, i], i, extremes=True) for i, s in enumerate(run.plan.streams)]
-    lanes = run.plan.lanes
-    svg = chart(
-        "blocks each stream is away from its share over steps",
-        lines,
-        run.plan.steps,
-        "{:g}".format,
-        (-1.1 * lanes, 1.1 * lanes),
-        _cuts(run),
-        _marks(run),
-    )
-    note = f"Blocks a stream has had too many or too few since the phase began: always less than {lanes}."
-    return _figure("Distance from the plan", note, svg, legend(lines))
-
-
-def _lengths(run: Run) -> str:
-    segments = run.plan.segments
-    steps = np.array([*(s.first_step for s in segments), run.plan.steps])
-    values = np.array([*(s.seq_len for s in segments), segments[-1].seq_len], np.float64)
-    lines = [Line("sequence length", steps, values, 0, stairs=True)]
-    top = float(values.max()) * 1.1
-    ticks = sorted({0.0, *values.tolist()})
-    cuts, marks = _cuts(run), _marks(run)
-    svg = chart("sequence length over steps", lines, run.plan.steps, "{:g}".format, (0, top), cuts, marks, ticks)
-    sizes = [s.sequences_per_step * s.seq_len for s in segments]
-    return _figure("Sequence length", f"Tokens a sequence; {_between(sizes)} tokens a step.", svg)
-
-
-def _between(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _loss(run: Run) -> str:
-    window = max(1, len(run.loss) // 60)
-    lines = [Line("each step", run.steps, run.loss, 0, faint=window > 1)]
-    if window > 1:
-        smooth = np.convolve(run.loss, np.ones(window) / window, "valid")
-        lines.append(Line(f"mean of {window} steps", run.steps[window - 1 :], smooth, 0))
-    svg = chart("training loss over steps", lines, run.plan.steps, None, None, _cuts(run), _marks(run))
-    note = "Mean over the trained tokens of each global batch. It jumps where the mix or the length changes."
-    return _figure("Training loss", note, svg, legend(lines))
-
-
-def _eval(run: Run) -> str:
-    if not run.evals:
-        return ""
-    longest = max(seq_len for _, seq_len in run.evals)
-    lines = [
-        Line(stream, *run.evals[stream, longest], index)
-        for index, stream in enumerate(run.plan.streams)
-        if (stream, longest) in run.evals
-    ]
-    svg = chart("eval loss over steps", lines, run.plan.steps, None, None, _cuts(run), _marks(run))
-    return _figure("Loss of each stream", f"On its eval split, sequences of {longest} tokens.", svg, legend(lines))
-
-
-def _speed(run: Run) -> str:
-    if not len(run.speed[0]):
-        return ""
-    lines = [Line("tokens a second", *run.speed, 2)]
-    top = float(run.speed[1].max()) * 1.05
-    svg = chart("throughput over steps", lines, run.plan.steps, short, (0, top), _cuts(run), _marks(run))
-    return _figure("Throughput", "Tokens a second over all ranks.", svg)
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", text: int = 1) -> str:
@@ -292,7 +179,7 @@ def _table_of_passes(run: Run) -> str:
 
 def _table_of_starts(run: Run) -> str:
     cells = [
-        (str(start["from_step"]), _ranks(start), start.get("versions", {}).get("torch", "–")) for start in run.starts
+        (str(start["from_step"]), ranks(start), start.get("versions", {}).get("torch", "–")) for start in run.starts
     ]
     note = "Every start of the run: the first, and each resume with its ranks."
     return _table("Starts and topologies", ("from step", "on", "torch"), cells, note)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from chimera.cli import UserError
+from train.charts import short
 from train.schedule import Plan
 
 # Okabe & Ito's colours: distinct with any colour vision, and in print
@@ -50,7 +51,7 @@ def draw(plan: Plan, path: Path) -> None:
     for name, colour in zip(plan.streams, colours, strict=True):
         total.plot(edges, [count[name] * plan.block_len for count in counts], color=colour, linewidth=2, label=name)
     total.set(ylabel="tokens so far", xlabel="step", xlim=(0, plan.steps), ylim=(0, None))
-    total.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _amount(value)))
+    total.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     total.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u202f")))
     total.grid(alpha=0.3)
     figure.legend(*total.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -59,10 +60,3 @@ def draw(plan: Plan, path: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {path}: {error}") from None
     plt.close(figure)
-
-
-def _amount(tokens: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= size:
-            return f"{tokens / size:g}{unit}"
-    return f"{tokens:g}"

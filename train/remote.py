@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from pathlib import Path
 
 from chimera import stores
@@ -39,7 +40,7 @@ def download(url: str, to: Path) -> None:
             if attempt == ATTEMPTS or isinstance(error, ImportError | ValueError):
                 raise OSError(what) from None
             forget_clients()
-            threading.Event().wait(2.0 ** (attempt - 1))
+            time.sleep(2.0 ** (attempt - 1))
 
 
 def forget_clients() -> None:

@@ -97,7 +97,7 @@ def run_folder(run_name: str, save_folder: str) -> Path:
 
 
 def _end(path: Path) -> float:
-    """One past the last step of a JSON-lines file; of starts.jsonl, which has no line for each, its whole lines."""
+    """One past the last step in a JSON-lines file; for starts.jsonl, which has no steps, its number of whole lines."""
     if not path.exists():
         return 0
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

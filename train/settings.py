@@ -136,7 +136,35 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
         raise UserError(
             f"{path}: setting `device_train_microbatch_tokens` is {microbatch!r}; tokens as a whole number, or auto"
         )
-    ranges: dict[str, tuple[float | None, float, float]] = {  # value, least, most
+    for key, (number, least, most) in _ranges(settings).items():
+        if number is not None and not least <= number <= most:  # nan is neither
+            raise UserError(f"{path}: setting `{key}` is {number}; it is {_in_words(least, most)}")
+    for key in ("run_name", "shards", "cache", "save_folder"):
+        if not getattr(settings, key):
+            raise UserError(f"{path}: setting `{key}` is empty")
+    for key in ("shards", "cache", "save_folder", "load_path", "tokenizer"):
+        value = getattr(settings, key) or ""
+        if value.startswith("~") or "\0" in value:
+            raise UserError(f"{path}: setting `{key}`: {value!r} must be a path as it is, without ~ or a NUL")
+    if settings.save_keep != -1 and settings.save_keep < 1:
+        raise UserError(f"{path}: setting `save_keep` is {settings.save_keep}; at least 1, or -1 for all")
+    betas = settings.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"{path}: setting `optimizer.betas` is {betas}; two numbers from 0 to below 1")
+    if settings.generate.interval and not all(settings.generate.prompts):
+        raise UserError(f"{path}: setting `generate.prompts` holds an empty one; a prompt has at least one character")
+    settings.save_folder = settings.save_folder.replace("{run_name}", settings.run_name)
+    if "{" in settings.save_folder or "}" in settings.save_folder:
+        raise UserError(
+            f"{path}: setting `save_folder` is {settings.save_folder!r}; no braces are possible but those of "
+            "{run_name}: Composer would fill them in for its own files alone"
+        )
+    return settings
+
+
+def _ranges(settings: TrainSettings) -> dict[str, tuple[float | None, float, float]]:
+    """Of each number: its value (None: not given), and the least and the most it may be."""
+    return {
         "optimizer.lr": (settings.optimizer.lr, 0, FINITE),
         "optimizer.eps": (settings.optimizer.eps, 0, FINITE),
         "optimizer.weight_decay": (settings.optimizer.weight_decay, 0, FINITE),
@@ -162,34 +190,10 @@ def read_settings(path: Path, overrides: list[str]) -> TrainSettings:
             if "drop" in key and isinstance(value, int | float)
         },
     }
-    for key, (number, least, most) in ranges.items():
-        if number is not None and not least <= number <= most:  # nan is neither
-            raise UserError(f"{path}: setting `{key}` is {number}; it is {_range(least, most)}")
-    for key in ("run_name", "shards", "cache", "save_folder"):
-        if not getattr(settings, key):
-            raise UserError(f"{path}: setting `{key}` is empty")
-    for key in ("shards", "cache", "save_folder", "load_path", "tokenizer"):
-        value = getattr(settings, key) or ""
-        if value.startswith("~") or "\0" in value:
-            raise UserError(f"{path}: setting `{key}`: {value!r} must be a path as it is, without ~ or a NUL")
-    if settings.save_keep != -1 and settings.save_keep < 1:
-        raise UserError(f"{path}: setting `save_keep` is {settings.save_keep}; at least 1, or -1 for all")
-    betas = settings.optimizer.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"{path}: setting `optimizer.betas` is {betas}; two numbers from 0 to below 1")
-    if settings.generate.interval and not all(settings.generate.prompts):
-        raise UserError(f"{path}: setting `generate.prompts` holds an empty one; a prompt has at least one character")
-    settings.save_folder = settings.save_folder.replace("{run_name}", settings.run_name)
-    if "{" in settings.save_folder or "}" in settings.save_folder:
-        raise UserError(
-            f"{path}: setting `save_folder` is {settings.save_folder!r}; no braces are possible but those of "
-            "{run_name}: Composer would fill them in for its own files alone"
-        )
-    return settings
 
 
-def _range(least: float, most: float) -> str:
-    """`at least 0`, `at least 0 and finite`, `above 0`, `from 0 to 1`."""
+def _in_words(least: float, most: float) -> str:
+    """A range: `at least 0`, `at least 0 and finite`, `above 0`, `from 0 to 1`."""
     low = "above 0" if 0 < least < 1 else f"at least {least}"
     if most >= FINITE:
         return low if most == inf else f"{low} and finite"

@@ -88,6 +88,42 @@ def test_the_bar_of_a_limited_stream_leaves_out_what_ran_ahead(tmp_path: Path, m
     assert _Bar.places[-1] == 9000
 
 
+class _Failing(builds.Inline):
+    """Parts run last first, as if a worker each did; parts in `broken` have a source that fails."""
+
+    broken: ClassVar[set[int]] = set()
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work, slots=6, last_first=True)
+
+    def wait(self, seconds: float) -> list[Any]:
+        if self._tasks[-1].part in self.broken:
+            task = self._tasks.pop()
+            return [Event("failed", task, UserError(f"part {task.part} cannot be read"))]
+        return super().wait(seconds)
+
+
+def test_a_part_ahead_of_a_limit_fails_a_build_only_if_it_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one worker such a part is never read, so with several it must not count either."""
+    builds.write_sources(tmp_path / "in")
+
+    def settings(out: str) -> dict[str, Any]:
+        found = builds.config(tmp_path / "in", tmp_path / out, part_bytes=4000)
+        return {**found, "streams": {"limited": found["streams"]["limited"]}}
+
+    builds.build_here(settings("wanted"))
+    monkeypatch.setattr(builds, "Inline", _Failing)
+    monkeypatch.setattr(_Failing, "broken", {20, 21})
+    builds.build_here(settings("out"))
+    assert builds.tree(tmp_path / "out") == builds.tree(tmp_path / "wanted")
+    for part in (0, 1):
+        monkeypatch.setattr(_Failing, "broken", {part})
+        with pytest.raises(UserError, match=f"part {part} cannot be read"):
+            builds.build_here(settings(f"other{part}"))
+
+
 class _Gone(Exception):
     """The worker's death."""
 

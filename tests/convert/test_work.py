@@ -1,5 +1,6 @@
 """The work folder between runs: whose it is, what is removed of it, and what may change before the build goes on."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from chimera.cli import UserError
+from convert import journal
 from convert.engine import LocalEngine, Task
 from convert.settings import BuildSettings, TokenizerSettings
 from tests.convert import builds
@@ -363,3 +365,20 @@ def test_unfinished_work_that_is_removed_meanwhile_is_one_line(
     engine.close()
     assert isinstance(events[0].payload, UserError), events
     assert "No such file or directory: mend it and run the same command again" in str(events[0].payload)
+
+
+def test_a_lock_file_that_was_replaced_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder removed it when it was done, and another builder has made, and holds, the one that is there now."""
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def removed_and_made_anew(file: Any, how: int) -> None:
+        path.unlink()
+        path.touch()
+        flock(file, how)
+
+    monkeypatch.setattr(journal.fcntl, "flock", removed_and_made_anew)
+    with journal.locked(path, wait=False) as held:
+        assert not held
+    monkeypatch.undo()
+    with journal.locked(path, wait=False) as held:
+        assert held

@@ -71,9 +71,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(UserError, match="not a checkpoint that can be read"):
         main([str(tmp_path / "torn.pt"), str(tmp_path / "out")])
-    torch.save({"state": {"model": {}, "callbacks": {}}}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match="not written by train/main"):
-        main([str(tmp_path / "foreign.pt"), str(tmp_path / "out")])
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)]).state_dict()
+    for foreign in ({"state": {"model": {}, "callbacks": {}}}, optimizer, {"state": [1]}):
+        torch.save(foreign, tmp_path / "foreign.pt")
+        with pytest.raises(UserError, match="not written by train/main"):
+            main([str(tmp_path / "foreign.pt"), str(tmp_path / "out")])
 
 
 def test_a_pickle_that_would_run_code_is_not_run(tmp_path):

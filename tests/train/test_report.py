@@ -13,7 +13,7 @@ import pytest
 
 from chimera.cli import UserError
 from train import report
-from train.charts import TOP, Line, chart
+from train.charts import TOP, Line, chart, short
 from train.ordering import RunOrder, digest, step_blocks
 from train.runlog import compare_digests, read_run
 from train.settings import plan_of, read_settings
@@ -166,6 +166,14 @@ def test_the_labels_of_an_axis_differ_and_are_its_ticks(low: float, high: float)
     assert len(set(labels)) == len(labels) > 1
     gaps = np.diff([float(label) for label in labels])
     assert gaps == pytest.approx([gaps[0]] * len(gaps))
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(999.4, "999"), (999.6, "1k"), (45_000, "45k"), (450_560_000, "451M"), (999_600_000, "1G"), (3e12, "3T")],
+)
+def test_a_count_is_three_digits_and_a_unit(number: float, shown: str) -> None:
+    assert short(number) == shown
 
 
 def test_shards_built_again_with_as_many_blocks_are_not_taken_for_the_runs(
