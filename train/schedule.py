@@ -147,6 +147,13 @@ class Plan:
         segment = self.segment(step)
         return segment.first_block + (step - segment.first_step) * segment.blocks_per_step
 
+    def step_of(self, block: int) -> int:
+        """The step that consumes the run's `block`-th block; the inverse of `block_of`."""
+        if not 0 <= block < self.blocks:
+            raise ScheduleError(f"block {block} is outside of the plan's blocks 0 to {self.blocks - 1}")
+        segment = self.segments[bisect_right([s.first_block for s in self.segments], block) - 1]
+        return segment.first_step + (block - segment.first_block) // segment.blocks_per_step
+
     def sequences_before(self, step: int) -> int:
         """Sequences of the run before `step` (0 ≤ step ≤ steps)."""
         segment = self.segment(min(step, self.steps - 1))

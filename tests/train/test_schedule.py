@@ -110,12 +110,12 @@ def test_counts_by_arithmetic_are_counts_by_scanning(plan: Plan) -> None:
 
 @given(plans())
 @settings(max_examples=60, deadline=None)
-def test_blocks_and_sequences_before_a_step_are_those_of_the_steps_before(plan: Plan) -> None:
+def test_step_and_block_and_sequence_arithmetic_inverts(plan: Plan) -> None:
     assert (plan.block_of(0), plan.block_of(plan.steps)) == (0, plan.blocks)
     for step in range(plan.steps):
         segment = plan.segment(step)
         assert segment.first_step <= step < segment.end_step
-        assert plan.block_of(step + 1) - plan.block_of(step) == segment.blocks_per_step
+        assert plan.step_of(plan.block_of(step)) == step == plan.step_of(plan.block_of(step + 1) - 1)
         assert segment.sequences_per_step * segment.seq_len == segment.blocks_per_step * plan.block_len
         assert segment.blocks_per_step % plan.lanes == 0
         assert plan.step_of_sequences(plan.sequences_before(step)) == step
