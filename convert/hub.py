@@ -2,8 +2,8 @@
 
 The revision is resolved to a commit once, so every part of the build and every rerun reads the same files. A part is
 one file of the set; inside it rows are counted, and after a failure reading starts again behind the last row given
-out. Beyond the few seconds the hub's client takes by itself all waiting is done here, bounded and with what the
-server asks for (`Retry-After`); the retries of `datasets`, which can sleep for half an hour, are set to one.
+out. Beyond the half minute at most that the hub's client takes by itself all waiting is done here, bounded and with
+what the server asks for (`Retry-After`); the retries of `datasets`, which can sleep for half an hour, are set to one.
 
 Files are read from the hub's file system, parquet as local files are, and not by the scanners behind `load_dataset(...,
 streaming=True)`: those take several times the memory (apache/arrow#39808, huggingface/datasets#7269), read a file from

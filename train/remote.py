@@ -20,7 +20,7 @@ def download(url: str, to: Path) -> None:
     A failure is tried again twice. The message never holds more than the backend's own words.
     """
     if url.startswith("file:"):
-        shutil.copyfile(url.removeprefix("file://"), to)
+        shutil.copyfile("/" + url.removeprefix("file:").lstrip("/"), to)  # one slash or three
         return
     host = "/".join(url.split("/", 3)[:3])
     for attempt in range(1, ATTEMPTS + 1):

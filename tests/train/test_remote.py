@@ -52,6 +52,13 @@ def test_ranks_and_workers_of_a_node_fetch_each_shard_once(s3: S3Server, tmp_pat
     assert set(fetched(s3).values()) == {1}
 
 
+@pytest.mark.parametrize("scheme", ["file:", "file://"])
+def test_a_file_is_read_behind_one_slash_or_three(scheme: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"data")
+    remote.download(f"{scheme}{tmp_path}/a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"data"
+
+
 def test_a_busy_server_is_asked_again(s3: S3Server, tmp_path: Path) -> None:
     data = dataset(tmp_path / "cache")
     s3.errors = 3
