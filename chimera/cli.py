@@ -117,6 +117,7 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    where = ""  # the list's entry that is looked at, which OmegaConf's errors do not name
     try:
         config = _read_yaml(path)
         for override in overrides:
@@ -135,9 +136,14 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
                 )
             if wanted := _several(kind, value):
                 raise UserError(f"{path}: setting `{key}`: {value!r} stands where {wanted} is wanted")
+            if is_dataclass(kind) and isinstance(value, dict) and key.rpartition(".")[2].isdigit():
+                where = key
+                OmegaConf.merge(OmegaConf.structured(kind), value)
+        where = ""
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
+        key = ".".join(filter(None, [where, getattr(error, "full_key", None)])) or "?"
+        key = re.sub(r"\[(\d+)\]", r".\1", key)  # as overrides are written
         reason = str(getattr(error, "msg", None) or error).split("\n")[0]
         raise UserError(f"{path}: setting `{key}`: {reason}") from None
     except TypeError:  # OmegaConf's, which does not say where

@@ -115,6 +115,7 @@ def save_tokenizer(about: dict[str, Any], out: Path) -> Any:
         tokenizer_object=Tokenizer.from_str(about["tokenizer"]),
         eos_token=about["eos_token"],
         pad_token=about["pad_token"],
+        model_input_names=["input_ids", "attention_mask"],  # else also token_type_ids, which `generate` refuses
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out)

@@ -143,7 +143,7 @@ def keep_steps(path: Path, steps: int) -> None:
                 step = json.loads(line)["step"] if line.endswith(b"\n") else None
             except (ValueError, KeyError, TypeError):
                 step = None
-            if step is None:
+            if not isinstance(step, int):
                 continue
             if step >= steps:
                 break

@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
 
     found = read_run(args.folder)
     differing, unchecked = compare_digests(found)
-    out = args.out or args.folder / "report.html"
+    out = args.folder / "report.html" if args.out is None else args.out
+    if out.is_dir():
+        raise UserError(f"{out} cannot be written (it is a folder): give another place with --out")
     temporary = out.with_name(f"{out.name}.tmp")
     try:
         temporary.write_text(page(found, differing, unchecked), encoding="utf-8")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)-rank\d+\.pt")
 EVAL_LOSS = re.compile(r"metrics/eval/(.+)/(\d+)/loss")
 SPEED = "throughput/tokens_per_sec"
+KINDS = {"settings": dict, "block_len": int, "blocks": dict, "indexes": dict, "versions": dict}  # of config.json
 CHUNK = 4096  # steps whose digests are computed at once
 
 Floats = npt.NDArray[np.float64]
@@ -199,17 +200,21 @@ def read_run(folder: Path) -> Run:
         )
     try:
         about = json.loads((folder / "config.json").read_bytes())
-        block_len = int(about["block_len"])
-        values = about["settings"]
+        for key, kind in KINDS.items():
+            if not isinstance(about[key], kind):
+                raise TypeError(f"`{key}` is {about[key]!r}")
+        settings, block_len = _settings(folder, about["settings"]), about["block_len"]
+        plan = plan_of(settings, block_len)
     except FileNotFoundError:
         raise UserError(f"no run in {folder} (no config.json there): give the `save_folder` of a run") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.json is not one that train/main.py wrote: {one_line(repr(error))}") from None
-    settings = _settings(folder, values)
-    plan = plan_of(settings, block_len)
 
     lines = _steps(folder / "steps.jsonl", plan)
-    metrics = list(_json_lines(folder / "metrics.jsonl", step=int))
+    metrics: list[dict[str, Any]] = [
+        {key: value for key, value in line.items() if isinstance(value, int | float)}
+        for line in _json_lines(folder / "metrics.jsonl", step=int)
+    ]
     evals: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for line in metrics:
         for key, value in line.items():

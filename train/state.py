@@ -125,6 +125,11 @@ def check_model(old: Mapping[str, Any], new: Mapping[str, Any], step: int, own: 
         own: whether the checkpoint is one of the run's own folder.
     """
     at = f"the checkpoint (step {step})"
+    if "tokenizer" in old and (token := _other_token(old, new)):
+        raise StateMismatch(
+            f"the tokenizer is not the one {at} was trained with, {token} for one: bring back setting `tokenizer`, or "
+            "these shards' own, or start a new run"
+        )
     was, now = json.loads(old["model_config"]), json.loads(new["model_config"])
     keys = [key for key in was if key in now and now[key] != was[key] and not FREE.fullmatch(key)]
     if was.get("rope_theta") and not was.get("rope_scaling"):  # computed: a longer stage to come may need more of them
@@ -134,11 +139,6 @@ def check_model(old: Mapping[str, Any], new: Mapping[str, Any], step: int, own: 
         raise StateMismatch(
             f"setting `model`: {key} is {_show(now[key])}, {at} was trained with {_show(was[key])}: set it back, or "
             "start a new run"
-        )
-    if "tokenizer" in old and (token := _other_token(old, new)):
-        raise StateMismatch(
-            f"the tokenizer is not the one {at} was trained with, {token} for one: bring back setting `tokenizer`, or "
-            "these shards' own, or start a new run"
         )
     for key in ("train_on", "document_mask"):
         if new[key] == old.get(key, new[key]):

@@ -45,6 +45,9 @@ def test_a_checkpoint_loads_in_transformers_with_the_same_logits(overrides, tmp_
     ends = model.generation_config.eos_token_id
     assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
+    words = tokenizer("Ciao", return_tensors="pt")
+    assert model.generate(**words, max_new_tokens=2, min_new_tokens=2).shape[1] == words["input_ids"].shape[1] + 2
+
     card = (tmp_path / "out" / "README.md").read_text()
     assert "after 5 steps on 2,560 tokens" in card  # 5 steps of 4 blocks of 128 tokens
     assert "| en_cosmopedia | 1,408 | 55.00% |" in card

@@ -106,9 +106,10 @@ def test_lines_past_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
     assert lines(path) == [0, 1, 2, 3, 4]
 
 
-def test_a_damaged_line_takes_none_of_those_after_it_along(tmp_path, capsys):
+@pytest.mark.parametrize("damaged", ['{"st\0\0', '{"step": "1"}', '{"step": null}', "[1]"])
+def test_a_damaged_line_takes_none_of_those_after_it_along(damaged, tmp_path, capsys):
     path = tmp_path / "steps.jsonl"
-    path.write_text('{"step": 0}\n{"st\0\0\n{"step": 2}\n')
+    path.write_text(f'{{"step": 0}}\n{damaged}\n{{"step": 2}}\n')
     keep_steps(path, 3)
     assert lines(path) == [0, 2]
     assert "goes from step 0 to 2" in capsys.readouterr().err

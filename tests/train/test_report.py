@@ -244,6 +244,31 @@ def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path, content: str | N
         report.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("settings", None), ("block_len", 0), ("blocks", []), ("indexes", None), ("versions", 3)]
+)
+def test_an_edited_config_is_a_user_error(folder: Path, key: str, value: object) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {key: value}))
+    with pytest.raises(UserError, match="is not one that train"):
+        report.main([str(folder)])
+
+
+def test_metrics_that_are_no_numbers_are_left_out(folder: Path) -> None:
+    lines = [{"step": 3, "throughput/tokens_per_sec": "fast"}, {"step": "4", "throughput/tokens_per_sec": 1.0}]
+    write_lines(folder / "metrics.jsonl", [*lines, {"step": 5, "throughput/tokens_per_sec": 2.0}])
+    assert [part.tolist() for part in read_run(folder).speed] == [[5], [2.0]]
+
+
+def test_a_folder_as_the_page_is_a_user_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    before = sorted(folder.parent.rglob("*"))
+    for out in (".", "", folder.name):
+        with pytest.raises(UserError, match=r"cannot be written .*--out"):
+            report.main([str(folder), "--out", out])
+    assert sorted(folder.parent.rglob("*")) == before
+
+
 def test_steps_missing_in_the_log_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
     damaged = [lines[7].replace('"loss"', '"los"'), lines[20].replace('"step": 20', '"step": 2000'), "\0\n"]

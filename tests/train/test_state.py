@@ -10,9 +10,12 @@ from transformers import AutoConfig
 from train.state import StateMismatch, check_model
 
 
-def about(words: str = "end pad the cat", scaling: Any = None, positions: int = 128, **changes: Any) -> dict[str, Any]:
+def about(
+    words: str = "end pad the cat", scaling: Any = None, positions: int = 128, vocab_size: int = 128, **changes: Any
+) -> dict[str, Any]:
     """What `callbacks.About` keeps of a small llama."""
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 128, "max_position_embeddings": positions}
+    sizes = {"hidden_size": 32, "num_attention_heads": 2}
+    sizes |= {"vocab_size": vocab_size, "max_position_embeddings": positions}
     config = AutoConfig.for_model("llama", rope_scaling=scaling, **sizes)
     ids = {word: number for number, word in enumerate(words.split())}
     return {
@@ -33,6 +36,7 @@ def about(words: str = "end pad the cat", scaling: Any = None, positions: int = 
         (about(eos_token="pad"), "eos_token 'pad' and not 'end' for one"),
         (about("end pad cat the"), "token 2 for one"),
         (about("end pad the"), "token 3 for one"),
+        (about("end pad the", model_config=about(vocab_size=256)["model_config"]), "token 3 for one"),
     ],
 )
 def test_another_tokenizer_is_refused(own: bool, new: dict[str, Any], message: str) -> None:
