@@ -18,6 +18,8 @@ WRITABLE = re.compile(
     r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?"
     r"|alipan:///.+|sftp://[^/]+/.+"
 )
+# `a//b`, `/./`, `/../`: servers that tidy up paths send the client elsewhere, which S3's then follows without an end.
+UNTIDY = re.compile(r"(?<=[^:/])//+[^/]|/\.{1,2}(/|$)")
 REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
@@ -43,7 +45,7 @@ def is_remote(place: str) -> bool:
 
 def check_writable(url: str) -> None:
     """Raise `UserError` for a URL no build can write to."""
-    if not WRITABLE.fullmatch(url):
+    if not WRITABLE.fullmatch(url) or UNTIDY.search(url):
         raise UserError(
             f"setting `output`: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
             "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, "
