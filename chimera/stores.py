@@ -13,12 +13,15 @@ from chimera.cli import UserError, say
 
 URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/...`
 PASSWORD = re.compile(r"[a-z][a-z0-9-]*:/+[^/@]*:[^/@]*@")
+CUT = re.compile(r"[?#\0-\x1f]")  # where `urlsplit`, and so the clients, end a path: all objects would have one name
 # DBFS outside of volumes is left out: streaming's downloader asks for it where Databricks answers for volumes alone.
 WRITABLE = re.compile(
     r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?"
     r"|alipan:///.+|sftp://[^/]+/.+"
 )
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
+# `a//b`, `/./`, `/../`: servers that tidy up paths send the client elsewhere, which S3's then follows without an end.
+UNTIDY = re.compile(r"(?<=[^:/])//+[^/]|/\.{1,2}(/|$)")
 REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
@@ -31,18 +34,20 @@ REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
 def is_remote(place: str) -> bool:
     """Whether `place` is a URL (`file://` too) rather than a path.
 
-    Raises `UserError` for one with a password, which logs and manifests would show.
+    Raises `UserError` for one with a password, which logs and manifests would show, and for one the clients cut.
     """
     if PASSWORD.match(place):
         raise UserError(
             "an address holds a password: take it out; docs/clusters.md says where credentials go (for sftp:// a key)"
         )
+    if URL.match(place) and CUT.search(place):
+        raise UserError("an address holds `?`, `#` or a line break, and clients of stores read no further: take it out")
     return URL.match(place) is not None
 
 
 def check_writable(url: str) -> None:
     """Raise `UserError` for a URL no build can write to."""
-    if not WRITABLE.fullmatch(url):
+    if not WRITABLE.fullmatch(url) or UNTIDY.search(url):
         raise UserError(
             f"setting `output`: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
             "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, "

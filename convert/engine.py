@@ -77,7 +77,7 @@ def failure(error: BaseException, work: Path) -> Exception:
 
 _MENDABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTEMPTY, errno.EFBIG, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 
 
@@ -85,7 +85,9 @@ def disk_trouble(error: OSError, where: Path) -> UserError | None:
     """What the system refused to do with a file, where the user can mend it; `where` if it does not say which."""
     if error.errno not in _MENDABLE:
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        wrong = "too many open files: raise `ulimit -n` or lower `workers`"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         wrong = f"no space left for {error.filename or where}: free some"
     else:
         wrong = f"{error.filename or where}: {error.strerror}: mend it"

@@ -124,6 +124,8 @@ TABLE = [
     ),
     ("train.main", [TRAIN, "phases.0.name=on"], "setting `phases.0.name`: YAML reads True"),
     ("convert.build_shards", [SHARDS, "output=s3:/bucket/x"], "s3:/bucket/x is not an address to write to"),
+    ("convert.build_shards", [SHARDS, "output=s3://bucket/a//b"], "s3://bucket/a//b is not an address to write to"),
+    ("convert.build_shards", [SHARDS, "output=s3://bucket/a/../b"], "a/../b is not an address to write to"),
     ("convert.build_shards", [SHARDS, "output=hf://datasets/me"], "hf://datasets/me is not an address to write to"),
     ("convert.build_shards", [SHARDS, "output=dbfs:/Volumes/a/b"], "dbfs:/Volumes/a/b is not an address to write to"),
     ("convert.build_shards", ["BUILT/nothing.yaml"], "`streams` is empty"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from chimera.cli import UserError
 from chimera.stores import is_remote, plain_uploads, readable, status_of
 from convert.store import Store
 from tests.convert.s3_server import S3Server
@@ -36,6 +37,13 @@ def test_an_address_is_told_from_a_path() -> None:
     ]
     paths = ["data/shards", "/mnt/s3://a", "./s3:a", "C:/shards", "runs/a:/b", ""]
     assert [place for place in [*addresses, *paths] if is_remote(place)] == addresses
+
+
+@pytest.mark.parametrize("url", ["s3://box/a#b", "gs://box/a?b=c", "hf://datasets/me/a\nb"])
+def test_an_address_whose_path_the_clients_would_cut_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="an address holds `\\?`, `#` or a line break"):
+        is_remote(url)
+    assert not is_remote(url.replace("://", "/"))
 
 
 def test_a_hub_out_of_reach_is_not_taken_for_an_empty_one() -> None:

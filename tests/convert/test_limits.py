@@ -36,6 +36,21 @@ def test_a_full_disk_is_one_clear_line_and_the_build_goes_on_when_there_is_room(
     assert builds.tree(tmp_path / "copy") == builds.tree(tmp_path / "roomy")
 
 
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [("-n 40", "error: too many open files: raise `ulimit -n` or lower `workers`"), ("-f 8", ": File too large: mend")],
+)
+def test_a_limit_of_the_system_is_one_clear_line(tmp_path: Path, limit: str, said: str) -> None:
+    builds.write_sources(tmp_path / "in")
+    path = tmp_path / "shards.yaml"
+    path.write_text(json.dumps(builds.config(tmp_path / "in", tmp_path / "out", workers=30, part_bytes=2000)))
+    script = f"ulimit {limit}; exec {sys.executable} {builds.ROOT}/convert/build_shards.py {path}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 2, found.stderr
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 MIXED = "perché la città è più bella, 東京 non lo è. " * 2_000_000 + "😀"
 WIDE = "Why does the river bend where the hill is soft? " * 2_090_000 + "😀"  # 4 bytes a character in Python
 
