@@ -117,7 +117,7 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    where = ""  # the list's entry that is looked at, which OmegaConf's errors do not name
+    where = ""  # the entry of a list that is looked at, which OmegaConf's errors do not name
     try:
         config = _read_yaml(path)
         for override in overrides:
@@ -129,15 +129,16 @@ def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] =
             except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
         values = OmegaConf.to_container(config)
-        for key, kind, value in _places(schema, values):
+        places = list(_places(schema, values))
+        for key, kind, value in places:
             if _misread(kind, value):
                 raise UserError(
                     f"{path}: setting `{key}`: YAML reads {value!r} where a text is wanted: put it in quotes"
                 )
             if wanted := _several(kind, value):
                 raise UserError(f"{path}: setting `{key}`: {value!r} stands where {wanted} is wanted")
-            if is_dataclass(kind) and isinstance(value, dict) and key.rpartition(".")[2].isdigit():
-                where = key
+        for where, kind, value in places:
+            if is_dataclass(kind) and isinstance(value, dict) and where.rpartition(".")[2].isdigit():
                 OmegaConf.merge(OmegaConf.structured(kind), value)
         where = ""
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
