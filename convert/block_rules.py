@@ -7,17 +7,60 @@ import numpy as np
 
 from convert.shards import Array
 
+_NOT_SAID, _SAID, _UNKNOWN, _AS_BEFORE = range(4)
+
+
+@dataclass(frozen=True)
+class ChatRules:
+    """The ids that mark in a conversation what the assistant says (`convert.documents.render`)."""
+
+    start_id: int  # <|im_start|>
+    end_id: int  # <|im_end|>
+    header: tuple[int, ...]  # of `assistant` and the newline behind it
+
+    def broken(self, tokens: Array, masks: Array, outside: Array) -> Iterator[str]:
+        """What is wrong with `masks`; `outside` is True where documents end and behind them. All are of one shape.
+
+        At the start of a block, and behind the end of a document, what comes may be the rest of a longer one, whose
+        message began elsewhere: the mask is over all of that message, over all behind the rest of its header, or over
+        none of it.
+        """
+        says, since = self._says(tokens, outside)
+        wrong = (says == _SAID) & ~masks | (says == _NOT_SAID) & masks
+        yield from _first(wrong, "an assistant mask that is not what the assistant says")
+        rest = says == _UNKNOWN
+        late = rest[:, 1:] & masks[:, 1:] & ~masks[:, :-1] & (since[:, 1:] > len(self.header))
+        ends = rest[:, 1:] & ~masks[:, 1:] & masks[:, :-1] & (since[:, 1:] > 0)
+        yield from _first(late | ends, "an assistant mask over a part of what the assistant says")
+
+    def _says(self, tokens: Array, outside: Array) -> tuple[Array, Array]:
+        """Whether the assistant says a token, and how many tokens before it that became so; [blocks, block_len]."""
+        marks = np.full(tokens.shape, _AS_BEFORE, np.int8)
+        marks[:, 0] = _UNKNOWN
+        marks[:, 1:][outside[:, :-1]] = _UNKNOWN
+        marks[:, 1:][tokens[:, :-1] == self.end_id] = _NOT_SAID
+        starts = tokens == self.start_id
+        marks[starts | outside] = _NOT_SAID
+        behind = 1 + len(self.header)
+        if behind < tokens.shape[1]:
+            said = starts[:, :-behind].copy()
+            for place, id_ in enumerate(self.header, 1):
+                said &= tokens[:, place : place - behind] == id_
+            marks[:, behind:][said] = _SAID
+        places = np.arange(tokens.shape[1], dtype=np.int32)
+        last = np.maximum.accumulate(np.where(marks == _AS_BEFORE, 0, places), axis=1)
+        return np.take_along_axis(marks, last, axis=1), places - last
+
 
 @dataclass(frozen=True)
 class BlockRules:
-    """`special` are the ids of all special tokens, `chat` those a conversation holds (none for text)."""
+    """`special` are the ids of all special tokens; `chat` is of conversations."""
 
     vocab_size: int
     eos_id: int
     pad_id: int
     special: frozenset[int]
-    chat: frozenset[int] = frozenset()
-    end_id: int | None = None  # the token that closes what the assistant says
+    chat: ChatRules | None = None
 
     def broken(self, tokens: Array, masks: Array | None) -> Iterator[str]:
         """What is wrong with `tokens` [blocks, block_len] and `masks` [blocks, block_len] bool, each with one block."""
@@ -27,16 +70,10 @@ class BlockRules:
         yield from _first(padding[:, :-1] & ~padding[:, 1:], "padding before a token")
         cut = padding[:, 1:] & ~padding[:, :-1] & (tokens[:, :-1] != self.eos_id)
         yield from _first(cut, "padding that does not follow the end of a document")
-        foreign = sorted(self.special - self.chat - {self.eos_id, self.pad_id})
-        yield from _first(np.isin(tokens, foreign), "a special token that no document may hold")
-        if masks is not None:
-            yield from self._broken_masks(tokens, masks)
-
-    def _broken_masks(self, tokens: Array, masks: Array) -> Iterator[str]:
-        outside = (tokens == self.eos_id) | (tokens == self.pad_id)
-        yield from _first(masks & outside, "an assistant mask over padding or the end of a document")
-        closing = masks[:, :-1] & ~masks[:, 1:] & (tokens[:, :-1] != self.end_id)
-        yield from _first(closing, "an assistant mask that ends before the assistant's closing token")
+        held = {self.eos_id, self.pad_id} | ({self.chat.start_id, self.chat.end_id} if self.chat else set())
+        yield from _first(np.isin(tokens, sorted(self.special - held)), "a special token that no document may hold")
+        if self.chat and masks is not None:
+            yield from self.chat.broken(tokens, masks, padding | (tokens == self.eos_id))
 
 
 def _first(bad: Array, what: str) -> Iterator[str]:

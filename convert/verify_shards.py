@@ -26,7 +26,7 @@ import numpy as np
 
 from chimera.chatml import IM_END, IM_START
 from chimera.cli import one_line, progress, run, say
-from convert.block_rules import BlockRules
+from convert.block_rules import BlockRules, ChatRules
 from convert.built import COUNTS, PLAIN_NAME, Bad, Root, form_of, read_manifest
 from convert.journal import SPLITS
 from convert.reading import Position, Span, open_lines
@@ -65,6 +65,11 @@ def verify(root: Root, manifest: Json) -> list[str]:
     if hashlib.sha256(raw).hexdigest() != stated["digest"]:
         return ["tokenizer/tokenizer.json: not the tokenizer of the manifest"]
     tokenizer = Tokenizer.from_buffer(raw)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # in its words: encode their text
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     problems += _differs("tokenizer", "vocab_size", size, stated["vocab_size"])
     for mark in ("eos", "pad"):
@@ -93,9 +98,11 @@ def verify(root: Root, manifest: Json) -> list[str]:
 def _rules(tokenizer: Json, loaded: Any, stream: Json) -> BlockRules:
     added = loaded.get_added_tokens_decoder().items()
     special = {id_ for id_, token in added if token.special}
-    chat = {loaded.token_to_id(token) for token in (IM_START, IM_END)} if stream["format"] == "chatml" else set()
-    eos, pad, size = tokenizer["eos_id"], tokenizer["pad_id"], tokenizer["vocab_size"]
-    return BlockRules(size, eos, pad, frozenset(special), frozenset(chat), loaded.token_to_id(IM_END))
+    chat = None
+    if stream["format"] == "chatml":
+        header = loaded.encode("assistant\n", add_special_tokens=False).ids
+        chat = ChatRules(loaded.token_to_id(IM_START), loaded.token_to_id(IM_END), tuple(header))
+    return BlockRules(tokenizer["vocab_size"], tokenizer["eos_id"], tokenizer["pad_id"], frozenset(special), chat)
 
 
 def _blocks(
@@ -119,7 +126,7 @@ def _blocks(
     for shard in shards:
         root.seen.add(f"{folder}/{shard['raw_data']['basename']}")  # streaming's readers leave it beside the compressed
         try:
-            tokens, masks = _read_shard(root, folder, shard, form)
+            tokens, masks = read_shard(root, folder, shard, form)
         except Bad as bad:
             problems.append(str(bad))
         else:
@@ -128,7 +135,7 @@ def _blocks(
             yield tokens
 
 
-def _read_shard(root: Root, folder: str, shard: Json, form: ShardFormat) -> tuple[Array, Array | None]:
+def read_shard(root: Root, folder: str, shard: Json, form: ShardFormat) -> tuple[Array, Array | None]:
     """Tokens and masks [blocks, block_len] of a shard whose every byte was checked."""
     stored = file_of(shard)
     name = f"{folder}/{stored['basename']}"

@@ -14,7 +14,8 @@ import pytest
 
 from chimera.cli import UserError
 from convert import build_shards, verify_shards
-from convert.block_rules import BlockRules
+from convert.block_rules import BlockRules, ChatRules
+from convert.built import Root
 from convert.shards import ShardFormat, file_of, index_bytes, write_shard
 from convert.store import Store
 from tests.convert.builds import ROOT
@@ -23,7 +24,7 @@ from tests.convert.small_tokenizer import ADDED, with_added
 
 BLOCK = 32
 RULES = BlockRules(vocab_size=100, eos_id=0, pad_id=1, special=frozenset({0, 1, 2, 3}))
-CHAT = BlockRules(100, 0, 1, frozenset({0, 1, 2, 3}), frozenset({2, 3}), end_id=3)
+CHAT = BlockRules(100, 0, 1, frozenset({0, 1, 2, 3}), ChatRules(start_id=2, end_id=3, header=(7, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -317,17 +318,54 @@ def test_rules_of_text_blocks(block: list[int], message: str | None) -> None:
         assert found[0].startswith("block 1 ")
 
 
+NOT_SAID, PART = "is not what the assistant says", "over a part of what the assistant says"
+
+
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    ("tokens", "mask", "message"),
     [
-        ("0000110", None),
-        ("0000000", None),
-        ("0000111", "over padding or the end"),
-        ("0000100", "before the assistant's closing token"),
+        # 2 begins a message, 3 ends it; 7, 8 are the assistant's header
+        ([2, 5, 3, 9, 2, 7, 8, 6, 6, 3, 0], "00000001110", None),
+        ([2, 5, 3, 9, 2, 7, 8, 6, 6, 3, 0], "00000000000", NOT_SAID),
+        ([2, 5, 3, 9, 2, 7, 8, 6, 6, 3, 0], "00000001111", NOT_SAID),
+        ([2, 5, 3, 9, 2, 7, 8, 6, 6, 3, 0], "00000001100", NOT_SAID),
+        ([2, 5, 3, 9, 2, 7, 8, 6, 6, 3, 0], "00000000110", NOT_SAID),
+        ([2, 5, 3, 9, 2, 7, 8, 6, 6, 3, 0], "00000011110", NOT_SAID),
+        ([2, 7, 5, 6, 3, 0], "000110", NOT_SAID),  # not the assistant's header
+        ([2, 7, 5, 6, 3, 0], "000000", None),
+        # the rest of a message, by whomever
+        ([6, 6, 6, 3, 0, 1], "000000", None),
+        ([6, 6, 6, 3, 0, 1], "111100", None),
+        ([8, 6, 6, 3, 0, 1], "011100", None),
+        ([6, 6, 6, 3, 0, 1], "111000", PART),
+        ([6, 6, 6, 3, 0, 1], "110100", PART),
+        ([6, 6, 6, 3, 0, 1], "000100", PART),
+        ([6, 6, 6, 3, 0, 1], "111110", NOT_SAID),
+        ([0, 2, 5, 3, 0, 1], "100000", NOT_SAID),
+        ([6, 6, 6, 6, 6, 6], "111111", None),
+        ([2, 7], "00", None),
+        # the same behind the end of another document
+        ([6, 3, 0, 6, 6, 3, 0], "0001110", None),
+        ([6, 3, 0, 8, 6, 3, 0], "1100110", None),
+        ([6, 3, 0, 6, 6, 3, 0], "0001100", PART),
+        ([6, 3, 0, 6, 6, 6, 6], "0000001", PART),
+        ([6, 3, 0, 6, 6, 3, 0], "0010000", NOT_SAID),
+        ([6, 3, 0, 6, 0, 1, 1], "0000001", NOT_SAID),
     ],
 )
-def test_rules_of_masks(mask: str, message: str | None) -> None:
-    tokens = np.array([[2, 5, 3, 2, 6, 3, 0]], dtype=np.uint16)
-    found = list(CHAT.broken(tokens, np.array([[c == "1" for c in mask]])))
-    assert [message in line for line in found if message] == [True] * (message is not None)
-    assert bool(found) == bool(message)
+def test_rules_of_masks(tokens: list[int], mask: str, message: str | None) -> None:
+    found = list(CHAT.broken(np.array([tokens], dtype=np.uint16), np.array([[c == "1" for c in mask]])))
+    assert len(found) == (message is not None), found
+    assert message is None or message in found[0]
+
+
+def test_a_mask_that_is_lost_under_right_hashes_is_found(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Root(str(build), build)
+    index = json.loads((build / "talk/train/index.json").read_text())
+    form = ShardFormat(BLOCK, "uint16", True, "zstd:3", "xxh3_64", 8192)
+    read = (verify_shards.read_shard(root, "talk/train", shard, form) for shard in index["shards"])
+    tokens, masks = map(np.concatenate, zip(*read, strict=True))
+    rewrite(build, "talk", tokens, masks)
+    assert not any("mask" in line for line in bad(build, capsys))
+    rewrite(build, "talk", tokens, np.zeros_like(masks))
+    assert any("an assistant mask that is not what the assistant says" in line for line in bad(build, capsys))
