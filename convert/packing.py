@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 PACKINGS = ("concat", "best_fit", "none")
+MOST_WAITING = 1 << 24  # tokens of a window, so that long blocks keep within a worker's memory
 Array = NDArray[Any]
 
 
@@ -24,7 +25,7 @@ class Packer:
     """Packs one part of a stream.
 
     `masked` packers (chat streams) carry a bool for each token through the same moves. `window` is the number of
-    blocks' worth of tokens `best_fit` looks at together.
+    blocks' worth of tokens `best_fit` looks at together, `MOST_WAITING` at most.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class Packer:
         if packing not in PACKINGS:
             raise ValueError(f"packing `{packing}`: one of {', '.join(PACKINGS)} is needed")
         self.block_len, self.pad_id, self.packing = block_len, pad_id, packing
-        self.dtype, self.masked, self.window = np.dtype(dtype), masked, window
+        self.dtype, self.masked = np.dtype(dtype), masked
+        self._window = min(window * block_len, MOST_WAITING)  # tokens
         self._waiting: list[Array] = []  # documents (or their rests) not yet in a block
         self._waiting_masks: list[Array] = []
         self._waiting_tokens = 0
@@ -64,7 +66,7 @@ class Packer:
         self._waiting_tokens += len(ids)
         if self.packing == "none":
             self._pack([[0]])
-        elif self.packing == "best_fit" and self._waiting_tokens >= self.window * self.block_len:
+        elif self.packing == "best_fit" and self._waiting_tokens >= self._window:
             self._best_fit()
 
     def flush(self) -> None:

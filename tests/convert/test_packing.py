@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.documents import Document, DocumentReader
-from convert.packing import PACKINGS, Packer, best_fit_decreasing
+from convert.packing import MOST_WAITING, PACKINGS, Packer, best_fit_decreasing
 from convert.settings import StreamSettings
 from tests.convert.small_tokenizer import END, encoder
 
@@ -118,6 +118,14 @@ def test_a_bounded_window_packs_almost_as_well_as_all_documents_at_once() -> Non
     blocks, _, padding = p.take()
     assert len(blocks) <= 1.005 * plain_best_fit_decreasing(lengths, 1024)
     assert padding / blocks.size < 0.01
+
+
+def test_a_window_of_long_blocks_is_bounded() -> None:
+    p = Packer(1 << 22, PAD, "best_fit", dtype=np.uint32)
+    for _ in range(20):
+        p.add(np.ones(1 << 20, np.uint32))
+        assert p.state()["waiting"].size < MOST_WAITING
+    assert len(p.take()[0]) == 4
 
 
 @given(lengths, packings, st.booleans(), st.data())
