@@ -201,7 +201,11 @@ TABLE = [
     ("train.plan", [TRAIN, "train_on=user"], "setting `train_on` is 'user'; one of all, assistant"),
     ("train.plan", [TRAIN, "device_train_microbatch_tokens=some"], "tokens as a whole number, or auto"),
     ("train.plan", [TRAIN, HELD, "phases.0.proportions.it_culturax=0.3"], "the proportions sum to 0.95"),
-    ("train.plan", [TRAIN, HELD, "phases.0.proportions.it_culturax=much"], "'much' is not a proportion"),
+    (
+        "train.plan",
+        [TRAIN, HELD, "phases.0.proportions.it_culturax=much"],
+        "`phases.0.proportions.it_culturax`: 'much' is not a",
+    ),
     ("train.plan", [TRAIN, HELD, "phases.0.proportions.it_culturax=-1"], "is negative"),
     ("train.plan", [TRAIN, HELD, "phases.0.steps=0"], "both must be at least 1"),
     ("train.plan", [TRAIN, HELD, STAGES % 48], "sequences of 48 tokens do not divide blocks of 128; .*32 and 64"),

@@ -13,7 +13,7 @@ from composer.utils import dist
 from chimera.cli import UserError, say
 from train.model import CausalLM
 from train.monitor import MetricsFile
-from train.schedulers import check_scheduler, multiplier
+from train.schedulers import multiplier
 from train.settings import TrainSettings
 from train.shards import Shards
 from train.state import check_model
@@ -81,12 +81,11 @@ class SetOptimizer(Callback):
     before; and a checkpoint brings the optimizer's settings of its own time, over those of the config.
 
     Args:
-        settings: of the run; raises `UserError` where its scheduler does not fit into the plan.
+        settings: of the run.
         steps: of the whole plan.
     """
 
     def __init__(self, settings: TrainSettings, steps: int) -> None:
-        check_scheduler(settings.scheduler, steps)
         self.settings, self.steps = settings, steps
 
     def batch_start(self, state: State, logger: Logger) -> None:

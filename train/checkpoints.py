@@ -7,7 +7,6 @@ refused, and random state is restored in mid-epoch.
 
 import fcntl
 import os
-import re
 import signal
 import time
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Callback, Logger, State, Time, TimeUnit, Trainer
+from composer import Callback, Logger, State, Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Event
 from composer.utils import dist, parse_uri, reproducibility
@@ -205,14 +204,3 @@ def stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):
         return
-
-
-def duration(text: str | None, steps: int) -> Time[int]:
-    """`max_duration` as batches, at most the plan's steps; raises `UserError` for another unit."""
-    if text is None:
-        return Time(steps, TimeUnit.BATCH)
-    if not (match := re.fullmatch(r"0*([1-9]\d*)ba", str(text).replace("_", ""))):
-        raise UserError(f"setting `max_duration` is {text!r}; it is given in steps, at least one, like 45000ba")
-    if int(match[1]) > steps:
-        raise UserError(f"setting `max_duration` is {text}, but the phases have {steps} steps in all")
-    return Time(int(match[1]), TimeUnit.BATCH)

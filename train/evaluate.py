@@ -18,7 +18,7 @@ from train.collate import Marks, StepInfo, view_sequences
 from train.index import read_index
 from train.reader import BlockReader
 from train.schedule import Plan
-from train.settings import GenerateSettings, TrainSettings
+from train.settings import GenerateSettings, TrainSettings, eval_lengths
 from train.shards import Shards
 
 BATCH_BLOCKS = 4  # a rank reads at once
@@ -82,12 +82,7 @@ def evaluators(
     """
     if not settings.eval.interval:
         return []
-    lengths = settings.eval.seq_lens or sorted({segment.seq_len for segment in plan.segments})
-    for seq_len in lengths:
-        if seq_len < 2 or shards.block_len % seq_len:
-            raise UserError(
-                f"setting `eval.seq_lens`: sequences of {seq_len} tokens do not divide blocks of {shards.block_len}"
-            )
+    lengths = eval_lengths(settings, plan)
     found = []
     for stream in plan.streams:
         count = min(settings.eval.blocks, shards.streams[stream]["eval"]["blocks"])

@@ -5,7 +5,6 @@ once; then data, model, optimizer and callbacks are put together and Composer's 
 """
 
 import argparse
-import errno
 import os
 import resource
 import sys
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chimera.cli import UserError, parse, run, say
+from chimera.cli import FULL, UserError, parse, run, say
 from chimera.stack import check_stack
 from chimera.stores import is_remote, plain_uploads
-from train.settings import TrainSettings, plan_of, read_settings
+from train.settings import TrainSettings, end_step, plan_of, read_settings
 
 if TYPE_CHECKING:
     from train.schedule import Plan
@@ -78,15 +77,18 @@ def open_root(settings: TrainSettings) -> "Shards":
 
 def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan", held: ExitStack) -> int:
     """Train to `max_duration`, with `held` holding the run's folder; returns the exit code."""
+    from composer import Time, TimeUnit
     from composer.utils import dist, get_device
 
-    from train.checkpoints import PREEMPTED, StopRequested, duration, lock_folder, stop_with_parent
+    from train.checkpoints import PREEMPTED, StopRequested, lock_folder, stop_with_parent
     from train.ranks import agree, together
     from train.run_store import RunStore, run_folder
+    from train.schedulers import check_scheduler
     from train.start import Start, bring, choose_start, forget, on_this_node
 
     stop_with_parent()
-    until = duration(settings.max_duration, plan.steps)
+    check_scheduler(settings.scheduler, plan.steps)
+    until = Time(end_step(settings.max_duration, plan.steps), TimeUnit.BATCH)
     folder = run_folder(settings.run_name, settings.save_folder)
     remote = is_remote(settings.save_folder)
     dist.initialize_dist(get_device(None), timeout=settings.dist_timeout)
@@ -125,7 +127,7 @@ def train(settings: TrainSettings, config: Path, shards: "Shards", plan: "Plan",
         code, words = PREEMPTED, f"{stop}: start again with `autoresume=true` to go on"
     except BaseException as error:
         trainer.engine.close()  # not trainer.close(): it waits for the other ranks, which wait for this one
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise UserError(
                 f"no space left on the disk of {error.filename or folder}: make room and start again with "
                 "`autoresume=true`; the run goes on from its newest complete checkpoint"

@@ -6,19 +6,20 @@ Needs the config alone; with the shards there, it also tells how often each stre
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chimera.cli import parse, run, say
+from chimera.cli import UserError, parse, run, say
 from chimera.stores import is_remote
-from train.cache import ShardCache, smallest_cache
+from train.cache import ShardCache, parse_bytes, smallest_cache
 from train.index import StreamIndex, open_indexes, read_manifest, stream_names
 from train.schedule import Plan
-from train.settings import TrainSettings, plan_of, read_settings
+from train.schedulers import check_scheduler
+from train.settings import TrainSettings, end_step, eval_lengths, plan_of, read_settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(about))
     else:
         print("\n".join(table(settings, plan, about)))
-    for warning in warnings(settings, about):
+    for warning in [*refusals(settings, plan, indexes is not None), *warnings(settings, about)]:
         say(f"warning: {warning}")
     return 0
 
@@ -94,6 +95,25 @@ def describe(plan: Plan, indexes: dict[str, StreamIndex] | None) -> dict[str, An
         "segments": segments,
         "smallest_cache_limit": None if indexes is None else smallest_cache(indexes.values(), plan.lanes),
     }
+
+
+def refusals(settings: TrainSettings, plan: Plan, stored: bool) -> list[str]:
+    """What training would refuse beside the plan itself; the length of blocks is known only once they are `stored`."""
+    checks: list[Callable[[], object]] = [
+        lambda: check_scheduler(settings.scheduler, plan.steps),
+        lambda: end_step(settings.max_duration, plan.steps),
+    ]
+    if stored and settings.eval.interval:
+        checks.append(lambda: eval_lengths(settings, plan))
+    if settings.cache_limit is not None:
+        checks.append(lambda: ShardCache(settings.shards, settings.cache, parse_bytes(settings.cache_limit)))
+    found = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(f"training would refuse this: {error}")
+    return found
 
 
 def warnings(settings: TrainSettings, about: dict[str, Any]) -> list[str]:

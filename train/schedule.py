@@ -199,12 +199,15 @@ class Plan:
         return letters, starts[letters] + periods * weights[letters] + word.earlier[places]
 
 
-def proportion(value: object) -> Fraction:
-    """A share as the exact number that is written: 0.55, "1/3" or a `Fraction`."""
+def proportion(value: object, where: str = "") -> Fraction:
+    """A share as the exact number that is written: 0.55, "1/3" or a `Fraction`.
+
+    Raises `ScheduleError`, its message beginning with `where`, for anything else.
+    """
     try:
         return value if isinstance(value, Fraction) else Fraction(str(value).strip())
     except (ValueError, ZeroDivisionError):
-        raise ScheduleError(f"{value!r} is not a proportion: write 0.55 or 1/3") from None
+        raise ScheduleError(f"{where}{value!r} is not a proportion: write 0.55 or 1/3") from None
 
 
 def build_plan(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_len: int, lanes: int = 1) -> Plan:

@@ -1,5 +1,6 @@
 """Typed settings of a training YAML (`phase*.yaml`), and the step plan they stand for."""
 
+import re
 import sys
 from dataclasses import dataclass, field
 from math import inf
@@ -208,12 +209,38 @@ def plan_of(settings: TrainSettings, block_len: int) -> "Plan":
         Phase(
             phase.name,
             phase.steps,
-            {stream: proportion(share) for stream, share in phase.proportions.items()},
+            {
+                stream: proportion(share, f"setting `phases.{number}.proportions.{stream}`: ")
+                for stream, share in phase.proportions.items()
+            },
             settings.global_train_batch_size
             if phase.global_train_batch_size is None
             else phase.global_train_batch_size,
         )
-        for phase in settings.phases
+        for number, phase in enumerate(settings.phases)
     ]
     stages = [Stage(stage.from_step, stage.seq_len) for stage in settings.curriculum.stages]
-    return build_plan(phases, stages, settings.curriculum.mode, block_len=block_len, lanes=settings.num_canonical_nodes)
+    mode, lanes = settings.curriculum.mode, settings.num_canonical_nodes
+    return build_plan(phases, stages, mode, block_len=block_len, lanes=lanes)
+
+
+def end_step(max_duration: str | None, steps: int) -> int:
+    """The step training stops before, at most the plan's `steps`; raises `UserError` for another unit."""
+    if max_duration is None:
+        return steps
+    if not (match := re.fullmatch(r"0*([1-9]\d*)ba", str(max_duration).replace("_", ""))):
+        raise UserError(f"setting `max_duration` is {max_duration!r}; it is given in steps, at least one, like 45000ba")
+    if int(match[1]) > steps:
+        raise UserError(f"setting `max_duration` is {max_duration}, but the phases have {steps} steps in all")
+    return int(match[1])
+
+
+def eval_lengths(settings: TrainSettings, plan: "Plan") -> list[int]:
+    """The sequence lengths to evaluate at; raises `UserError` for one that does not divide the blocks."""
+    lengths = settings.eval.seq_lens or sorted({segment.seq_len for segment in plan.segments})
+    for seq_len in lengths:
+        if seq_len < 2 or plan.block_len % seq_len:
+            raise UserError(
+                f"setting `eval.seq_lens`: sequences of {seq_len} tokens do not divide blocks of {plan.block_len}"
+            )
+    return lengths

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from chimera.cli import UserError
-from train.checkpoints import duration, lock_folder
-from train.settings import TrainSettings, read_settings
+from train.checkpoints import lock_folder
+from train.settings import TrainSettings, end_step, read_settings
 from train.start import Start, choose_start, damage_of, find_checkpoints
 
 
@@ -158,11 +158,11 @@ def test_a_second_run_on_a_folder_is_refused_and_a_dead_one_holds_nothing(tmp_pa
 
 
 def test_max_duration_is_in_steps_of_the_plan():
-    assert duration("45000ba", 50000).value == 45000
-    assert duration(None, 50000).value == 50000
+    assert end_step("45000ba", 50000) == 45000
+    assert end_step(None, 50000) == 50000
     for wrong in ("1ep", "60000ba", "many", "0ba"):
         with pytest.raises(UserError, match="max_duration"):
-            duration(wrong, 50000)
+            end_step(wrong, 50000)
 
 
 def test_the_lock_does_not_follow_the_folder_name_into_the_checkpoints(tmp_path):

@@ -105,6 +105,30 @@ def test_what_cannot_be_planned_is_one_line(config: str, overrides: list[str], m
         main([config, *overrides])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_duration=10ep", "setting `max_duration` is '10ep'; it is given in steps"),
+        ("max_duration=9999ba", "setting `max_duration` is 9999ba, but the phases have"),
+        ("scheduler.warmup_steps=9999", "setting `scheduler`: warmup_steps 9999 and decay_steps"),
+        (
+            "eval={interval: 5, seq_lens: [5]}",
+            "setting `eval.seq_lens`: sequences of 5 tokens do not divide blocks of 16",
+        ),
+        ("cache_limit=much", "setting `cache_limit` is 'much': write bytes"),
+        ("cache_limit=1gb", "setting `cache_limit` is given, but the shards at"),
+    ],
+)
+@pytest.mark.usefixtures("shards")
+def test_what_training_would_refuse_is_said(
+    config: str, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([config, "--json", "max_passes=8", override])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["steps"] > 0
+    assert f"warning: training would refuse this: {message}" in err
+
+
 def test_a_batch_that_fills_no_whole_blocks_is_refused_with_the_next(config: str, shards: Path) -> None:
     assert shards.is_dir()
     with pytest.raises(UserError, match=r"6 sequences of 4 tokens do not fill whole blocks of 16; .*: 4 or 8"):
