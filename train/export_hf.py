@@ -150,11 +150,16 @@ def card(about: dict[str, Any], state: dict[str, Any]) -> str:
 
 
 def source_of(source: Any) -> str:
-    """A stream's source as the manifest describes it, in a few words."""
-    if not isinstance(source, dict):
-        return ""
-    described = source.get("describe", "")
-    return one_line(described if isinstance(described, str) else json.dumps(described)).replace("|", "/")
+    """A stream's source as the manifest describes it, in a few words and without the names of our folders."""
+    described = source.get("describe", "") if isinstance(source, dict) else ""
+    if not isinstance(described, dict):  # shards made by others: their folder
+        return one_line(str(described)).replace("|", "/")
+    if files := [Path(file["path"]).name for file in described.get("files", [])]:
+        words = f"{len(files)} local file{'s' if len(files) > 1 else ''}: {', '.join(files[:3])}"
+        return one_line(words + (", …" if len(files) > 3 else "")).replace("|", "/")
+    which = [described.get(key) for key in ("subset", "data_dir", "split")]
+    revision = str(described.get("revision"))[:12]
+    return one_line(f"{described.get('hub')} ({', '.join(filter(None, which))}) at {revision}").replace("|", "/")
 
 
 def check(model: Any, out: Path) -> None:

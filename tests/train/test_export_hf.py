@@ -7,7 +7,7 @@ import torch
 
 from chimera.cli import UserError
 from tests.train.conftest import weights_of
-from train.export_hf import main
+from train.export_hf import main, source_of
 from train.main import main as train
 from train.model import build_model
 from train.settings import read_settings
@@ -51,6 +51,7 @@ def test_a_checkpoint_loads_in_transformers_with_the_same_logits(overrides, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     assert "after 5 steps on 2,560 tokens" in card  # 5 steps of 4 blocks of 128 tokens
     assert "| en_cosmopedia | 1,408 | 55.00% |" in card
+    assert str(tmp_path.parent) not in card
 
     with pytest.raises(UserError, match="is not empty"):
         main([str(tmp_path / "run" / "latest-rank0.pt"), str(tmp_path / "out")])
@@ -90,3 +91,23 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint that can be read"):
         main([str(tmp_path / "trap.pt"), str(tmp_path / "out")])
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (None, ""),
+        ({"describe": "theirs/en"}, "theirs/en"),
+        ({"describe": {"files": [{"path": "/home/me/a|b.jsonl", "bytes": 1}]}}, "1 local file: a/b.jsonl"),
+        (
+            {"describe": {"files": [{"path": f"/home/me/{i}.parquet", "bytes": 1} for i in range(5)]}},
+            "5 local files: 0.parquet, 1.parquet, 2.parquet, …",
+        ),
+        (
+            {"describe": {"hub": "uonlp/CulturaX", "subset": "it", "split": "train", "revision": "0123456789abcdef"}},
+            "uonlp/CulturaX (it, train) at 0123456789ab",
+        ),
+    ],
+)
+def test_a_card_names_sources_without_our_folders(source: object, words: str) -> None:
+    assert source_of(source) == words
