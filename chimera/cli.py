@@ -95,7 +95,8 @@ def parse(
 
     The first positional without `=` is the config; without one `default_config` is used.
     """
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help=f"YAML file (default: {default_config})")
+    default = f" (default: {default_config})" if default_config else ""
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help=f"YAML file{default}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, e.g. a.0.b=10")
     args = parser.parse_intermixed_args(list(argv))
     words = [w for w in [args.config, *args.overrides] if w is not None]
@@ -251,6 +252,11 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def counted(count: int, what: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def say(message: str) -> None:

@@ -45,11 +45,11 @@ def is_remote(place: str) -> bool:
     return URL.match(place) is not None
 
 
-def check_writable(url: str) -> None:
-    """Raise `UserError` for a URL no build can write to."""
+def check_writable(url: str, where: str = "setting `output`") -> None:
+    """Raise `UserError`, naming where the URL is given, for one no build can write to."""
     if not WRITABLE.fullmatch(url) or UNTIDY.search(url):
         raise UserError(
-            f"setting `output`: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
+            f"{where}: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
             "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, "
             "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH, alipan:///PATH, or sftp://USER@HOST/PATH"
         )

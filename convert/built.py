@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from chimera.cli import UserError
-from chimera.stores import is_remote
+from chimera.stores import check_writable, is_remote
 from convert.journal import SPLITS
 from convert.shards import Json, ShardFormat
 from convert.store import Store
@@ -24,7 +24,10 @@ class Root:
 
     def __init__(self, root: str, scratch: Path) -> None:
         self.root = root.rstrip("/")
-        self._store = Store(self.root, scratch, retries=4) if is_remote(root) else None
+        self._store: Store | None = None
+        if is_remote(root):
+            check_writable(root, "ROOT")
+            self._store = Store(self.root, scratch, retries=4)
         self.seen: set[str] = set()
 
     def read(self, name: str) -> bytes:

@@ -21,7 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from chimera.cli import UserError, one_line
+from chimera.cli import UserError, counted, one_line
 from chimera.stores import wait_to_retry
 from convert.columnar import column_ranges, open_parquet, parquet_rows
 from convert.documents import Dropped
@@ -90,10 +90,9 @@ def rows_of_hub(
                 raise  # of the folder for large dictionaries
             failures += 1
             if failures >= retries or not _passing(error):
-                tries = f"{failures} attempt{'s' if failures > 1 else ''}"
                 raise UserError(
-                    f"{span.file} fails at row {position.number} after {tries}: {_say(error)}: run the same command "
-                    "again later; it goes on where it stopped"
+                    f"{span.file} fails at row {position.number} after {counted(failures, 'attempt')}: {_say(error)}: "
+                    "run the same command again later; it goes on where it stopped"
                 ) from None
             wait_to_retry(span.file, _say(error), error, failures, retries)
 

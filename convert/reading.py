@@ -194,6 +194,8 @@ class _Zstd(io.RawIOBase):
             try:
                 self._plain = memoryview(self._frame.decompress(self._compressed))
             except zstandard.ZstdError as error:
+                if "too much memory" in str(error):
+                    raise ValueError("its zstd window is above 128 MB: compress it again without --long") from None
                 raise ValueError(f"not valid zstd data ({error})") from None
             self._compressed = b""
             if self._frame.eof:

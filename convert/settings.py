@@ -14,7 +14,7 @@ from convert.packing import PACKINGS
 
 FORMATS = ("text", "chatml")
 ENGINES = ("local", "ray")
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # a file's name is at most 255 bytes
 _TAKEN = ("rejects", "tokenizer")  # folders of the output that are no stream's
 
 # Settings that say how a build runs, not what it writes: they may change between runs of one build.
@@ -133,8 +133,8 @@ def check(settings: BuildSettings) -> None:
     for name, stream in settings.streams.items():
         if not stream_name(name):
             raise UserError(
-                f"streams.{name}: a stream's name may hold letters, digits, `_` and `-` only, and be none of "
-                f"{', '.join(_TAKEN)}"
+                f"streams.{name}: a stream's name is at most 128 letters, digits, `_` and `-` (in quotes where YAML "
+                f"reads it as something else), and none of {', '.join(_TAKEN)}"
             )
         if stream.format == "chatml" and settings.tokenizer.eos_token == IM_END:
             raise UserError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chimera.cli import UserError, one_line, say
+from chimera.cli import UserError, counted, one_line, say
 from convert.columnar import column_bytes, conversation_columns, open_parquet
 from convert.reading import Position, Row, Span, rows_of_file
 from convert.settings import BuildSettings, SourceSettings, StreamSettings
@@ -61,7 +61,7 @@ def open_source(name: str, stream: StreamSettings, settings: BuildSettings) -> O
             passed_over.append({"source": source_name(source), "reason": reason})
             say(f"{name}: source {source_name(source)} passed over: {reason}")
             continue
-        say(f"{name}: source {source_name(source)}, {len(parts)} part{'s' if len(parts) != 1 else ''}")
+        say(f"{name}: source {source_name(source)}, {counted(len(parts), 'part')}")
         return Opened(index, _column(stream, source), describe, passed_over, parts)
     reasons = "; ".join(f"{p['source']}: {p['reason']}" for p in passed_over)
     raise UserError(f"streams.{name}: no source opens: {reasons}: check the paths, the network and your access")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from chimera.cli import UserError, one_line
+from chimera.cli import UserError, counted, one_line
 from chimera.stores import download, downloader, status_of, uploader, wait_to_retry
 from convert.journal import SENT
 
@@ -132,7 +132,7 @@ class Store:
                 final = isinstance(error, (Refused, ImportError)) or status in (401, 403, 404)
                 if final or attempt == self._retries or type(error).__name__ == "NoCredentialsError":
                     raise UserError(
-                        f"{what} failed after {attempt} attempt{'s' if attempt > 1 else ''}: {said}: mend it and run "
+                        f"{what} failed after {counted(attempt, 'attempt')}: {said}: mend it and run "
                         "the same command again; it goes on where it stopped"
                     ) from None
                 wait_to_retry(what, said, error, attempt, self._retries)

@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from chimera.chatml import IM_END, IM_START
-from chimera.cli import one_line, progress, run, say
+from chimera.cli import counted, one_line, progress, run, say
 from convert.block_rules import BlockRules, ChatRules
 from convert.built import COUNTS, PLAIN_NAME, Bad, Root, form_of, read_manifest
 from convert.journal import SPLITS
@@ -225,14 +225,16 @@ def main(argv: Sequence[str]) -> int:
         problems = verify(root, manifest)
     if problems:
         print(
-            f"{root.root}: {len(problems)} problems: remove its manifest.json and build it again with `rebuild=true`",
+            f"{root.root}: {counted(len(problems), 'problem')}: remove its manifest.json and build it again with "
+            "`rebuild=true`",
             file=sys.stderr,
         )
         with contextlib.suppress(BrokenPipeError):  # `… | head` makes no good root of it
             print(*(f"bad: {problem}" for problem in problems), sep="\n", flush=True)
         return 1
     blocks = sum(stream[split]["blocks"] for stream in manifest["streams"].values() for split in SPLITS)
-    print(f"{where}: {len(manifest['streams'])} streams, {blocks} blocks: every byte and count is as the manifest says")
+    holds = f"{counted(len(manifest['streams']), 'stream')}, {counted(blocks, 'block')}"
+    print(f"{where}: {holds}: every byte and count is as the manifest says")
     return 0
 
 

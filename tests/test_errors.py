@@ -193,7 +193,9 @@ TABLE = [
         "has neither `messages` nor `instruction`",
     ),
     ("convert.build_shards", [SHARDS, TOKENIZER, "output=BUILT/shards"], "was made otherwise .*max_tokens"),
+    ("convert.build_shards", [SHARDS, f"streams={{{'a' * 129}: {{sources: [{{files: [x.jsonl]}}]}}}}"], "at most 128"),
     ("convert.verify_shards", ["BUILT/empty"], "no readable manifest.json"),
+    ("convert.verify_shards", ["s3://"], "ROOT: s3:// is not an address to write to"),
     # Plan and schedule
     ("train.plan", [TRAIN, "phases=[]"], "setting `phases` is empty"),
     ("train.plan", [TRAIN, "curriculum.stages=[]"], "setting `curriculum.stages` is empty"),

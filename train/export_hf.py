@@ -18,7 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from chimera.chatml import CHAT_TEMPLATE, IM_END
-from chimera.cli import UserError, one_line, run, say
+from chimera.cli import UserError, counted, one_line, run, say
 from chimera.stack import check_stack
 from chimera.stores import is_remote
 
@@ -155,7 +155,7 @@ def source_of(source: Any) -> str:
     if not isinstance(described, dict):  # shards made by others: their folder
         return one_line(str(described)).replace("|", "/")
     if files := [Path(file["path"]).name for file in described.get("files", [])]:
-        words = f"{len(files)} local file{'s' if len(files) > 1 else ''}: {', '.join(files[:3])}"
+        words = f"{counted(len(files), 'local file')}: {', '.join(files[:3])}"
         return one_line(words + (", …" if len(files) > 3 else "")).replace("|", "/")
     which = [described.get(key) for key in ("subset", "data_dir", "split")]
     revision = str(described.get("revision"))[:12]

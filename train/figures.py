@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from chimera.cli import counted
 from train.charts import Line, chart, legend, short
 from train.runlog import Run
 
@@ -15,7 +16,7 @@ def figures(run: Run) -> str:
 
 def ranks(start: dict[str, int]) -> str:
     """`1 rank`, `2 ranks`: on what a run was started."""
-    return f"{start['ranks']} rank{'s' if start['ranks'] != 1 else ''}"
+    return counted(start["ranks"], "rank")
 
 
 def _mix(run: Run) -> str:

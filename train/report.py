@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="report.py", description="Write a run's report from its save folder.")
-    parser.add_argument("folder", metavar="SAVE_FOLDER", type=Path)
+    parser.add_argument("folder", metavar="SAVE_FOLDER", type=Path, help="the run's `save_folder`")
     parser.add_argument("--out", type=Path, help="the page (default: SAVE_FOLDER/report.html)")
     args = parser.parse_args(list(argv))
 

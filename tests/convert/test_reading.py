@@ -9,6 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chimera.cli import UserError
 from convert import columnar, reading
 from convert.documents import Dropped
 from convert.reading import Position, Span, rows_of_file
@@ -127,3 +128,13 @@ def test_a_line_too_long_for_memory_is_rejected_unread(tmp_path: Path, monkeypat
         (Dropped("rejected", "line_too_long"), None, 2),
         ({"text": "b"}, b'{"text": "b"}', 3),
     ]
+
+
+def test_a_zstd_window_above_128_mb_has_its_own_remedy(tmp_path: Path) -> None:
+    line = b'{"text": "a"}\n'
+    window = bytes([(28 - 10) << 3])  # 2^28 bytes; then one raw block, the last
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        b"\x28\xb5\x2f\xfd\0" + window + (1 | len(line) << 3).to_bytes(3, "little") + line
+    )
+    with pytest.raises(UserError, match="its zstd window is above 128 MB: compress it again without --long"):
+        read(Span("jsonl", str(tmp_path / "a.jsonl.zst"), 0, None, 1))
