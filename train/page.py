@@ -193,6 +193,8 @@ def _table_of_checkpoints(run: Run) -> str:
 def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
     if unchecked is not None:
         check = f"not compared with the plan: {escape(unchecked)}"
+    elif not run.digests:
+        check = "no step is logged in steps.jsonl"
     elif differing:
         check = f"{len(differing)} steps differ from the plan's, the first is step {differing[0]}"
     else:

@@ -93,6 +93,8 @@ def summary(found: "Run", differing: Sequence[int], unchecked: str | None) -> st
         text.append(lost(found))
     if unchecked is not None:
         text.append(f"digests were not compared with the plan's: {unchecked}")
+    elif not found.digests:
+        text.append("digests: no step is logged in steps.jsonl")
     elif differing:
         text.append(f"digests: {len(differing)} steps DIFFER from the plan's, the first is step {differing[0]}")
     else:

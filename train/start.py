@@ -88,6 +88,8 @@ def _given(path: str, folder: Path, save_folder: str) -> Start:
     from train.export_hf import read_checkpoint
 
     file = _fetched(path, folder)
+    if file.is_dir():
+        raise UserError(f"setting `load_path`: {path} is a folder: give the checkpoint in it, say latest-rank0.pt")
     if damage := damage_of(file):
         raise UserError(f"setting `load_path`: checkpoint {path} cannot be read: {damage}")
     match = NAME.fullmatch(Path(path).name if is_remote(path) else file.resolve().name)

@@ -107,6 +107,11 @@ def test_no_start_leaves_later_checkpoints_behind(tmp_path):
     assert choose_start(settings_for(tmp_path, load_path=str(old)), tmp_path) == Start(50, str(old))
 
 
+def test_a_load_path_that_is_a_folder_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"`load_path`: .* is a folder: give the checkpoint in it"):
+        choose_start(settings_for(tmp_path / "run", load_path=str(tmp_path)), tmp_path / "run")
+
+
 def test_a_load_path_that_autoresume_passes_over_is_said(tmp_path, capsys):
     old, new = save(tmp_path, 50), save(tmp_path, 100)
     settings = settings_for(tmp_path, load_path=str(old), autoresume=True)

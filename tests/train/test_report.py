@@ -129,12 +129,15 @@ def test_a_run_in_its_middle_with_a_torn_last_line_reports_the_whole_steps(demo_
     assert report.main([str(folder)]) == 0
 
 
-def test_a_run_before_its_first_step_has_a_page(demo_shards: Path, tmp_path: Path) -> None:
+def test_a_run_before_its_first_step_has_a_page(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = record(demo_shards, tmp_path / "run", steps=10)
     (folder / "steps.jsonl").write_text("")
     (folder / "metrics.jsonl").unlink()
     (folder / "starts.jsonl").unlink()
     assert report.main([str(folder)]) == 0
+    assert "digests: no step is logged in steps.jsonl" in capsys.readouterr().out
     assert "0 of 40" in (folder / "report.html").read_text()
 
 
