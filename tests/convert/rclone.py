@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,3 +41,5 @@ class RcloneServer:
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:  # its threads stop one after another, and one may answer before that
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
