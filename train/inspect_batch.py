@@ -20,11 +20,11 @@ import numpy as np
 
 from chimera.cli import UserError, parse, run, say
 from train.cache import ShardCache
+from train.digests import other_shards
 from train.main import open_root
 from train.ordering import BlockRef, RunOrder, digest, step_blocks
 from train.plan import plan_with_shards
 from train.reader import BlockReader
-from train.runlog import other_shards
 from train.settings import read_settings
 from train.shards import ShardsTokenizer
 

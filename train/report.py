@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: SAVE_FOLDER/report.html)")
     args = parser.parse_args(list(argv))
 
+    from train.digests import compare_digests
     from train.page import page
-    from train.runlog import compare_digests, read_run
+    from train.runlog import read_run
 
     found = read_run(args.folder)
     differing, unchecked = compare_digests(found)

@@ -1,19 +1,18 @@
 """What a save folder says about its run: the files training leaves there, read into tables.
 
 Everything is derived from `config.json`, `steps.jsonl`, `metrics.jsonl`, `starts.jsonl` and the checkpoints' names,
-so it works while the run goes on, after it, and without its shards. Where the shards can be reached, each step's
-digest is computed anew from the plan.
+so it works while the run goes on, after it, and without its shards.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +22,10 @@ from chimera.stores import is_remote
 from train.schedule import Plan
 from train.settings import TrainSettings, plan_of
 
-if TYPE_CHECKING:
-    from train.index import StreamIndex
-
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)-rank\d+\.pt")
 EVAL_LOSS = re.compile(r"metrics/eval/(.+)/(\d+)/loss")
 SPEED = "throughput/tokens_per_sec"
 KINDS = {"settings": dict, "block_len": int, "blocks": dict, "indexes": dict, "versions": dict}  # of config.json
-CHUNK = 4096  # steps whose digests are computed at once
 
 Floats = npt.NDArray[np.float64]
 Points = tuple[npt.NDArray[np.int64], Floats]  # steps, values
@@ -201,13 +196,13 @@ def read_run(folder: Path) -> Run:
     try:
         about = json.loads((folder / "config.json").read_bytes())
         for key, kind in KINDS.items():
-            if not isinstance(about[key], kind):
+            if not isinstance(about.get(key, kind()), kind):  # those that an earlier version did not write are optional
                 raise TypeError(f"`{key}` is {about[key]!r}")
         settings, block_len = _settings(folder, about["settings"]), about["block_len"]
         plan = plan_of(settings, block_len)
     except FileNotFoundError:
         raise UserError(f"no run in {folder} (no config.json there): give the `save_folder` of a run") from None
-    except (ArithmeticError, ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.json is not one that train/main.py wrote: {one_line(repr(error))}") from None
 
     lines = _steps(folder / "steps.jsonl", plan)
@@ -239,42 +234,6 @@ def read_run(folder: Path) -> Run:
             if (match := CHECKPOINT.fullmatch(path.name))
         ),
     )
-
-
-def compare_digests(run: Run) -> tuple[list[int], str | None]:
-    """Compute each step's digest from plan and shards: the steps that differ, and why it could not be done.
-
-    A digest is of blocks by number: of shards that were built again with as many blocks it would be the same.
-    """
-    from train.index import open_indexes
-    from train.ordering import RunOrder, digest
-
-    try:
-        indexes = open_indexes(run.settings.shards, run.settings.cache, run.plan.streams)
-    except UserError as error:
-        return [], one_line(error)
-    if other := other_shards(run.about, indexes):
-        return [], f"the shards at {run.settings.shards} are not the run's: {other}"
-    order = RunOrder(run.plan, {name: index.shard_blocks for name, index in indexes.items()}, run.settings.seed)
-    logged = dict(zip(run.steps.tolist(), run.digests, strict=True))
-    differing = []
-    for segment in run.plan.segments:
-        for first in range(segment.first_step, min(segment.end_step, run.done), CHUNK):
-            chunk = order.steps(first, min(first + CHUNK, segment.end_step, run.done))
-            for row, (streams, blocks) in enumerate(zip(chunk.streams.tolist(), chunk.blocks.tolist(), strict=True)):
-                names = (run.plan.streams[stream] for stream in streams)
-                found = logged.get(first + row)
-                if found is not None and found != digest(zip(names, blocks, strict=True)):
-                    differing.append(first + row)
-    return differing, None
-
-
-def other_shards(about: dict[str, Any], indexes: Mapping[str, "StreamIndex"]) -> str | None:
-    """Which index is another than a run's config.json (`about`) says, as of shards built again; `None` for none."""
-    for name, fingerprint in about.get("indexes", {}).items():
-        if name in indexes and fingerprint not in (None, indexes[name].fingerprint):
-            return f"the index of {name} is {indexes[name].fingerprint[:12]}, it was {fingerprint[:12]}"
-    return None
 
 
 def _steps(path: Path, plan: Plan) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ import pytest
 from chimera.cli import UserError
 from train import report
 from train.charts import TOP, Line, chart, short
+from train.digests import compare_digests
 from train.ordering import RunOrder, digest, step_blocks
-from train.runlog import compare_digests, read_run
+from train.runlog import read_run
 from train.settings import plan_of, read_settings
 from train.shards import open_shards
 
@@ -216,6 +217,13 @@ def test_a_branch_counts_what_came_before_its_first_step(
     assert f"digests of steps {first} to 39" in (folder / "report.html").read_text()
 
 
+def test_a_run_of_before_indexes_were_recorded_has_a_report(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    del about["indexes"]
+    (folder / "config.json").write_text(json.dumps(about))
+    assert report.main([str(folder)]) == 0
+
+
 def test_what_damage_left_of_a_start_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "starts.jsonl").open("a") as file:
         file.write('[]\n{"from_step": 30}\n{"from_step": "30", "ranks": 1}\n\0\0\n{"from_step": 30, "ra')
@@ -238,7 +246,12 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(folder: Path) -> 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no config.json there"), ("{", "is not one that train/main.py wrote"), ("{}", "is not one that")],
+    [
+        (None, "no config.json there"),
+        ("{", "is not one that train/main.py wrote"),
+        ("{}", "is not one that"),
+        ("[]", "is not one"),
+    ],
 )
 def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
