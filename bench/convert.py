@@ -55,11 +55,11 @@ class Vocabulary:
 
 
 def vocabulary(file: str, eos: str, pad: str) -> Vocabulary:
-    from convert.encoding import Encoder
-    from convert.settings import TokenizerSettings
+    from chimera.convert.encode.encoding import Encoder
+    from chimera.convert.settings import TokenizerSettings
 
-    found = Encoder.from_settings(TokenizerSettings(file, eos, pad))
-    return Vocabulary(file, eos, pad, found.eos_id, found.pad_id, found.vocab_size)
+    found = Encoder.from_settings(TokenizerSettings(path=file, eos_token=eos, pad_token=pad))
+    return Vocabulary(file, eos, pad, found.eos_id, found.fill_id, found.vocab_size)
 
 
 def main() -> None:
@@ -100,6 +100,10 @@ def main() -> None:
         "tokens": int(counts["builder"].sum()),
         "same_ids": all(np.array_equal(count, counts["builder"]) for count in counts.values()),
     }
+    for name, count in counts.items():
+        if len(other := np.flatnonzero(count != counts["builder"])):
+            pairs = [f"{id_}: {count[id_]}, builder {counts['builder'][id_]}" for id_ in other[:5]]
+            print(f"{name} has other counts of {len(other)} ids: {'; '.join(pairs)}", file=sys.stderr)
     print(json.dumps(found, indent=2))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -145,7 +149,7 @@ def builder(files: list[str], tokenizer: Vocabulary, out: Path) -> tuple[Spent, 
     }
     file = out.with_suffix(".yaml")
     file.write_text(json.dumps(config))
-    command = [sys.executable, ROOT / "convert" / "build_shards.py", file]
+    command = [sys.executable, str(ROOT / "convert" / "build_shards.py"), str(file)]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as most have it
     began, cpu = time.perf_counter(), cpu_seconds()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, cwd=ROOT, env=kept)

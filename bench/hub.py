@@ -2,7 +2,7 @@
 
 `python bench/hub.py [--books N] [--megabytes N] [--json FILE]`
 
-    books    one row group of books of 400 kB, as Arrow's writer makes it: read whole
+    books    one row group of books of 400 kB, as Arrow's writer makes it, all in one page: read whole
     pages    texts of 4 kB in row groups of a thousand: read whole, then again from nine tenths on, as after a kill
 
 Each reading is a process of its own: seconds and peak of memory with its imports, and the bytes the hub sent. This is
@@ -36,12 +36,14 @@ print(json.dumps({{"seconds": round(time.perf_counter() - began, 1), "peak_megab
                    "rows": count, "digest": digest.hexdigest(), "state": state}}))
 """
 OURS = """
-from convert.hub import open_hub, rows_of_hub
-from convert.reading import Position
-from convert.settings import SourceSettings
-_, spans = open_hub("s", SourceSettings(hub=name, column="text"), "text", 1)
+from chimera.convert.read.hub import open_hub, rows_of_hub
+from chimera.limits import Limits
+from chimera.convert.read.reading import Position
+from chimera.convert.settings import SourceSettings
+limits = Limits(4 << 30)
+_, spans = open_hub("s", SourceSettings(hub=name, column="text"), "text", limits)
 start = Position(*json.loads(skip)) if skip else Position()
-for row in itertools.islice((r for span in spans for r in rows_of_hub(span, "text", start, 1)), int(stop)):
+for row in itertools.islice((r for span in spans for r in rows_of_hub(span, "text", start, limits)), int(stop)):
     count, state = count + 1, row.after
     digest.update(row.value["text"])
 """
@@ -62,17 +64,18 @@ ALL = 1 << 40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--books", type=int, default=1000, help="of 400 kB")
-    parser.add_argument("--megabytes", type=int, default=100, help="of texts of 4 kB")
+    parser.add_argument("--megabytes", type=int, default=100, help="of texts of 4 kB; 0 leaves them out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     pages = args.megabytes * 250
     with tempfile.TemporaryDirectory() as folder, HubServer({}) as hub:
-        found: dict[str, Any] = {"books": {}, "pages": {}, "pages, the last tenth": {}}
+        found: dict[str, Any] = {"books": {}} | ({"pages": {}, "pages, the last tenth": {}} if pages else {})
         put(hub, folder, args.books, 100_000, args.books)
         for name, reader in READERS.items():
             found["books"][name] = read(hub, folder, reader)
-        put(hub, folder, pages, 1000, 1000)
-        for name, reader in READERS.items():
+        if pages:
+            put(hub, folder, pages, 1000, 1000)
+        for name, reader in READERS.items() if pages else ():
             found["pages"][name] = read(hub, folder, reader)
             before = read(hub, folder, reader, stop=pages * 9 // 10)
             found["pages, the last tenth"][name] = read(hub, folder, reader, skip=json.dumps(before["state"]))

@@ -1,7 +1,7 @@
 """Blocks a second of MixtureDataset, plain StreamingDataset and a bare memory map; time to the first batch far out.
 
-`python bench/loader.py [--steps N] [--json FILE]` makes its own shards in a temporary folder. All figures of a run
-are taken in it, one after another on the same shards; compare ratios, not runs on different machines.
+`python bench/loader.py [--blocks N] [--seconds N] [--json FILE]` makes its own shards in a temporary folder. All
+figures of a run are taken in it, one after another on the same shards; compare ratios, not runs on different machines.
 """
 
 import argparse
@@ -24,8 +24,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # so imports of the proj
 
 import numpy as np  # noqa: E402
 
-from convert.shards import ShardFormat, index_bytes, write_shard  # noqa: E402
-from train.schedule import Phase, Plan, Stage, build_plan  # noqa: E402
+from chimera.mds import ShardFormat, index_bytes, write_shard  # noqa: E402
+from chimera.train.order.schedule import Phase, Plan, Stage, build_plan  # noqa: E402
 
 BLOCK_LEN, BATCH = 1024, 16
 STREAMS = {"en": Fraction(55, 100), "it": Fraction(35, 100), "chat": Fraction(10, 100)}
@@ -35,18 +35,24 @@ FORM = ShardFormat(BLOCK_LEN, "uint16", False, None, "xxh3_64", 32 << 20)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--blocks", type=int, default=60_000, help="blocks on disk, of 2 KB")
-    parser.add_argument("--seconds", type=float, default=3, help="of each of three rounds")
+    parser.add_argument("--seconds", type=float, default=3, help="of each round")
+    parser.add_argument("--rounds", type=int, default=3, help="of each loader; the best counts")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of each loader, in turn")
+    parser.add_argument(
+        "--starts", type=int, default=5, help="processes that time their first batch; the median counts"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "batch": BATCH, "block_len": BLOCK_LEN}
     with tempfile.TemporaryDirectory() as folder:
         root = make(Path(folder, "shards"), args.blocks)
-        for kind, speeds in throughput(root, Path(folder, "cache"), args.seconds).items():
-            plain = {workers: speeds[f"streaming, {workers} workers"] for workers in (0, 1, 2)}
+        for kind, speeds in throughput(root, Path(folder, "cache"), args).items():
+            plain = {workers: speeds[f"streaming, {workers} workers"] for workers in args.workers}
             times = {w: round(speeds[f"mixture, {w} workers"] / plain[w], 1) for w in plain}
             found[f"blocks_per_{kind}"] = {**speeds, "mixture as a multiple of streaming": times}
-        far = far_shards(Path(folder, "far"))
-        found["first_batch"] = far_out(far, Path(folder, "cache"))
+        if args.starts:
+            far = far_shards(Path(folder, "far"))
+            found["first_batch"] = far_out(far, Path(folder, "cache"), args.starts)
     print(json.dumps(found, indent=2))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -73,26 +79,26 @@ def plan(steps: int) -> Plan:
     return build_plan([Phase("p", steps, STREAMS, BATCH)], [Stage(0, BLOCK_LEN)], "sequences", BLOCK_LEN)
 
 
-def throughput(root: Path, cache: Path, seconds: float) -> dict[str, dict[str, int]]:
+def throughput(root: Path, cache: Path, args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Blocks of each loader a second, and a second of CPU time (which others on the machine disturb less).
 
-    After its first batches, the best of three rounds.
+    After its first batches, the best of the rounds.
     """
     found: dict[str, dict[str, int]] = {"second": {}, "cpu_second": {}}
-    for _ in range(3):
-        for name, make_batches in loaders(root, cache):
-            for kind, speed in zip(found, measure(make_batches(), seconds), strict=True):
+    for _ in range(args.rounds):
+        for name, make_batches in loaders(root, cache, args.workers):
+            for kind, speed in zip(found, measure(make_batches(), args.seconds), strict=True):
                 found[kind][name] = max(found[kind].get(name, 0), speed)
     return found
 
 
-def loaders(root: Path, cache: Path) -> list[tuple[str, Callable[[], Iterable[Any]]]]:
+def loaders(root: Path, cache: Path, counts: list[int]) -> list[tuple[str, Callable[[], Iterable[Any]]]]:
     """Each contender's name, and what makes its batches."""
     from streaming import Stream, StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    from train.curriculum import MixtureLoader
-    from train.mixture import MixtureDataset
+    from chimera.train.data.mixture import MixtureDataset
+    from chimera.train.run.curriculum import MixtureLoader
 
     def mixture(workers: int) -> Iterable[Any]:
         data = MixtureDataset(root=str(root), cache=str(cache), plan=plan(10**7), seed=17)
@@ -105,7 +111,7 @@ def loaders(root: Path, cache: Path) -> list[tuple[str, Callable[[], Iterable[An
         return StreamingDataLoader(data, batch_size=BATCH, num_workers=workers)
 
     contenders: list[tuple[str, Callable[[], Iterable[Any]]]] = [("bare memory map", partial(memory_map, root))]
-    for workers in (0, 1, 2):
+    for workers in counts:
         contenders.append((f"mixture, {workers} workers", partial(mixture, workers)))
         contenders.append((f"streaming, {workers} workers", partial(plain, workers)))
     return contenders
@@ -164,10 +170,10 @@ def far_shards(root: Path) -> Path:
     return root
 
 
-def far_out(root: Path, cache: Path, rounds: int = 5) -> dict[str, dict[str, float]]:
+def far_out(root: Path, cache: Path, starts: int) -> dict[str, dict[str, float]]:
     """Medians of the first batch at step 0 and at step 10⁸, in turn, each in a process of its own."""
     seen: dict[int, list[dict[str, float]]] = {0: [], 10**8: []}
-    for _ in range(rounds):
+    for _ in range(starts):
         for step, all_seen in seen.items():
             all_seen.append(apart(first_batch, root, cache, step))
     return {str(step): {key: median(one[key] for one in ones) for key in ones[0]} for step, ones in seen.items()}
@@ -175,7 +181,7 @@ def far_out(root: Path, cache: Path, rounds: int = 5) -> dict[str, dict[str, flo
 
 def first_batch(root: Path, cache: Path, step: int) -> dict[str, float]:
     """Seconds and MB of memory to the batch of `step` in a plan of 10⁹ steps: dataset, state and first batch."""
-    from train.mixture import MixtureDataset
+    from chimera.train.data.mixture import MixtureDataset
 
     # what any dataset of this process pays once: imports done, allocators warm
     next(iter(MixtureDataset(root=str(root), cache=str(cache), plan=plan(10), seed=1)))

@@ -14,12 +14,15 @@ import statistics
 import sys
 import tempfile
 import time
+from math import inf
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
+
+from chimera.text import percent, table  # noqa: E402
 
 WARM_UP = 10  # steps
 
@@ -34,39 +37,43 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     os.chdir(ROOT)
+    if args.steps < WARM_UP + 2:
+        parser.error(f"--steps {args.steps}: the first {WARM_UP} do not count; give at least {WARM_UP + 2}")
     with tempfile.TemporaryDirectory() as folder:
         build_shards(Path(folder))
         results: dict[str, Any] = {}
         trainer, bare, wait = [], [], []
         for turn in range(args.rounds):
-            settings = make_settings(Path(folder), args, 256, f"turn{turn}")
-            times, waited = run_trainer(settings)
+            argv = config(Path(folder), args, 256, f"turn{turn}")
+            times, waited, _ = run_trainer(argv)
             trainer += times
             wait += waited
-            bare += run_bare(settings)
+            bare += run_bare(argv)
         ours, theirs = statistics.median(trainer), statistics.median(bare)
         results["main.py steps/s"] = 1 / ours
         results["bare loop steps/s"] = 1 / theirs
         results["main.py slower by"] = ours / theirs - 1
         results["data-wait share"] = statistics.mean(wait)
         for seq_len in (256, 512, 1024):
-            settings = make_settings(Path(folder), args, seq_len, f"length{seq_len}")
-            step = statistics.median(run_trainer(settings)[0])
+            times, _, measured = run_trainer(config(Path(folder), args, seq_len, f"length{seq_len}"))
+            step = statistics.median(times)
             results[f"steps/s at {seq_len}"] = 1 / step
             results[f"tokens/s at {seq_len}"] = args.sequences * seq_len / step
-        results.update(utilisation(results, settings))
+        ceiling, flops = measured["matmul_flops"], measured["flops_per_token"][1024]  # those of the longest sequences
+        results["matmul ceiling TFLOP/s"] = ceiling / 1e12
+        results["model flops utilisation"] = results["tokens/s at 1024"] * flops / ceiling
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        for name, value in results.items():
-            text = f"{value:.2%}" if "share" in name or "by" in name or "utilisation" in name else f"{value:,.4g}"
-            print(f"{name:32} {text}")
+        shares = {name for name in results if "share" in name or "by" in name or "utilisation" in name}
+        cells = [(name, percent(v) if name in shares else f"{v:,.4g}") for name, v in results.items()]
+        print("\n".join(table((), cells)))
 
 
 def build_shards(folder: Path) -> None:
     """Tokenizer and shards of 1 024-token blocks from the sample."""
-    from convert import build_shards as builder
-    from convert import train_tokenizer
+    from chimera.commands import build_shards as builder
+    from chimera.commands import train_tokenizer
 
     config = [
         "yamls/demo/shards.yaml",
@@ -78,75 +85,60 @@ def build_shards(folder: Path) -> None:
     builder.main(config)
 
 
-def make_settings(folder: Path, args: argparse.Namespace, seq_len: int, name: str) -> Any:
-    from train.settings import read_settings
+def config(folder: Path, args: argparse.Namespace, seq_len: int, name: str) -> list[str]:
+    """What `train/main.py` is given."""
+    model = {
+        "model_type": "llama",
+        "hidden_size": args.hidden,
+        "intermediate_size": args.hidden * 3,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": max(1, args.hidden // 64),
+        "num_key_value_heads": max(1, min(2, args.hidden // 64)),
+        "max_position_embeddings": 1024,
+    }
+    return [
+        str(ROOT / "yamls/demo/base.yaml"),
+        f"run_name={name}",
+        f"shards={folder}/shards",
+        f"cache={folder}/cache",
+        f"save_folder={folder}/{name}",
+        f"phases=[{{name: bench, steps: {args.steps}, proportions: {{en_cosmopedia: 0.5, it_culturax: 0.5}}}}]",
+        f"curriculum.stages=[{{from_step: 0, seq_len: {seq_len}}}]",
+        f"global_train_batch_size={args.sequences}",
+        "device_train_microbatch_tokens=16384",
+        "scheduler={name: constant, warmup_steps: 0, decay_steps: 0}",
+        *(f"model.{key}={value}" for key, value in model.items()),
+        "save_interval=0",
+        "eval.interval=0",
+        "generate.interval=0",
+    ]
 
-    return read_settings(
-        Path("yamls/demo/base.yaml"),
-        [
-            f"run_name={name}",
-            f"shards={folder}/shards",
-            f"cache={folder}/cache",
-            f"save_folder={folder}/{name}",
-            f"phases=[{{name: bench, steps: {args.steps}, proportions: {{en_cosmopedia: 0.5, it_culturax: 0.5}}}}]",
-            f"curriculum.stages=[{{from_step: 0, seq_len: {seq_len}}}]",
-            f"global_train_batch_size={args.sequences}",
-            "device_train_microbatch_tokens=16384",
-            "scheduler={name: constant, warmup_steps: 0, decay_steps: 0}",
-            f"model={{model_type: llama, hidden_size: {args.hidden}, intermediate_size: {args.hidden * 3}, "
-            f"num_hidden_layers: {args.layers}, num_attention_heads: {args.hidden // 64}, "
-            "max_position_embeddings: 1024}",
-            "save_interval=0",
-            "eval.interval=0",
-            "generate.interval=0",
-        ],
-    )
 
+def run_trainer(argv: list[str]) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Under `main.py`: seconds of each step after the warm-up, the share of each that waited, what `timed_main` has."""
+    from bench.timed_run import timed_main
 
-def run_trainer(settings: Any) -> tuple[list[float], list[float]]:
-    """Seconds of each step after the warm-up under Composer, and the share of each that waited for data."""
-    from composer import Callback
-
-    from train.main import build_trainer
-    from train.run_store import run_folder
-    from train.settings import plan_of
-    from train.shards import open_shards
-
-    class Clock(Callback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def batch_start(self, state: Any, logger: Any) -> None:
-            self.ends.append(time.perf_counter())
-
-    shards = open_shards(settings.shards, settings.cache)
-    plan = plan_of(settings, shards.block_len)
-    from train.checkpoints import duration
-
-    folder = run_folder(settings.run_name, settings.save_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    until = duration(None, plan.steps)
-    trainer = build_trainer(settings, Path("bench"), shards, plan, folder, until, None)
-    clock = Clock()
-    trainer.state.callbacks.insert(0, clock)
-    trainer.fit()
-    trainer.close()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = timed_main(argv)
+    folder = next(word.partition("=")[2] for word in argv if word.startswith("save_folder="))
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     waits = [line["data/wait_share"] for line in lines if line["step"] >= WARM_UP and "data/wait_share" in line]
-    return [b - a for a, b in zip(clock.ends[WARM_UP:], clock.ends[WARM_UP + 1 :], strict=False)], waits
+    times = [seconds for step, seconds in measured["seconds"].items() if step >= WARM_UP]
+    return times, waits, measured
 
 
-def run_bare(settings: Any) -> list[float]:
+def run_bare(argv: list[str]) -> list[float]:
     """Seconds of each step after the warm-up in the loop one would write by hand, on the same batches."""
     import torch
     from composer.optim import DecoupledAdamW
 
-    from train.collate import Marks, collate, view_sequences
-    from train.mixture import MixtureDataset
-    from train.model import build_model
-    from train.settings import plan_of
-    from train.shards import open_shards
+    from chimera.train.data.mixture import MixtureDataset
+    from chimera.train.data.shards import open_shards
+    from chimera.train.order.run_plan import plan_of
+    from chimera.train.settings import read_settings
+    from chimera.train.step.collate import LabelRules, collate, view_sequences
+    from chimera.train.step.model import build_model
 
+    settings = read_settings(Path(argv[0]), argv[1:])
     shards = open_shards(settings.shards, settings.cache)
     plan = plan_of(settings, shards.block_len)
     tokenizer = shards.tokenizer
@@ -154,51 +146,24 @@ def run_bare(settings: Any) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id).to(device)
     options = settings.optimizer
-    optimizer = DecoupledAdamW(model.parameters(), lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+    optimizer = DecoupledAdamW(
+        model.parameters(), lr=options.lr, betas=(options.betas[0], options.betas[1]), eps=options.eps
+    )
     dataset = MixtureDataset(root=settings.shards, cache=settings.cache, plan=plan, seed=settings.seed)
-    marks = Marks(tokenizer.eos_id, tokenizer.pad_id, settings.train_on, settings.document_mask)
+    rules = LabelRules.of(tokenizer, settings)
     ends = []
     for record in dataset:
         ends.append(time.perf_counter())
-        views = view_sequences(collate(record, frozenset()), marks)
+        views = view_sequences(collate(record, frozenset()), rules)
         batch = {name: tensor.to(device) for name, tensor in views.items()}
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model.loss(model(batch), batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm or inf)
         optimizer.step()
         loss.item()
     return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
-
-
-def utilisation(results: dict[str, Any], settings: Any) -> dict[str, float]:
-    """Model flops a second at 1 024 tokens over the best of ten timed matrix products."""
-    import torch
-
-    from train.model import build_model
-    from train.shards import open_shards
-
-    on_gpu = torch.cuda.is_available()
-    side, kind = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
-    a = torch.randn(side, side, device="cuda" if on_gpu else "cpu", dtype=kind)
-    times = []
-    for _ in range(13):
-        if on_gpu:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        a @ a
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    ceiling = 2 * side**3 / min(times[3:])
-    tokenizer = open_shards(settings.shards, settings.cache).tokenizer
-    model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
-    flops = model.flops_per_batch({"input_ids": torch.empty(1, 1024)}) / 1024
-    return {
-        "matmul ceiling TFLOP/s": ceiling / 1e12,
-        "model flops utilisation": results["tokens/s at 1024"] * flops / ceiling,
-    }
 
 
 if __name__ == "__main__":

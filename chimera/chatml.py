@@ -1,4 +1,4 @@
-"""ChatML: its tokens, and the template by which `transformers` renders what `convert.documents.render` does."""
+"""ChatML: its tokens, and the template by which `transformers` renders what `encode/documents.py` does."""
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 

@@ -1,4 +1,4 @@
-"""The command line all tools share: one-line errors, YAML with overrides, progress on any terminal.
+"""The command line all tools share: one-line errors, arguments, progress on any terminal.
 
 A mistake of the user's is a `UserError`: it is printed as one line and the process exits with 2. Anything
 else is a defect of ours and keeps its traceback.
@@ -11,18 +11,20 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, TextIO, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import Any, NoReturn, TextIO
 
-Settings = TypeVar("Settings")
+from tqdm import tqdm
+
+from chimera.text import neutral, one_line, without_passwords
 
 
 class UserError(Exception):
-    """Something only the user can mend; the message says what is wrong, where, and the remedy."""
+    """Something only the user can fix; the message says what is wrong, where, and the remedy."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # these may name no file
@@ -31,13 +33,16 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, 
 
 def fail(message: str) -> NoReturn:
     """Print `message` as one line on stderr and exit with 2."""
-    say(f"error: {one_line(message)}")
+    say(f"error: {message}")
     raise SystemExit(2)
 
 
-def one_line(message: object) -> str:
-    """`message` with every run of whitespace made one space."""
-    return re.sub(r"\s+", " ", str(message)).strip()
+def parse_bytes(text: str | int | float, setting: str) -> int:
+    """`200gb`, `64 MB`, `1048576` → bytes, in powers of 1024. Raises `UserError` that names the setting."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(text).strip().lower())
+    if match is None:
+        raise UserError(f"setting `{setting}` is {text!r}: write bytes, or e.g. 200gb")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -52,8 +57,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        say("stopped")
+    except KeyboardInterrupt as stop:  # which may say more
+        say(f"stopped{'; ' if stop.args else ''}{' '.join(map(str, stop.args))}")
         raise SystemExit(130) from None
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout) or _nobody_reads(sys.stderr):
@@ -63,7 +68,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except OSError as error:
         if error.errno not in REFUSED or (error.filename is None and error.errno not in FULL):
             raise
-        fail(f"{error.filename or 'what was being written'}: {error.strerror}: give another place, or mend this one")
+        fail(f"{error.filename or 'what was being written'}: {error.strerror}: give another place, or fix this one")
     raise SystemExit(code or 0)
 
 
@@ -76,6 +81,12 @@ def _prepare_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a locale without a character ends nothing
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python prints it, but neutral: what it says may quote anybody's text."""
+    sys.stderr.write(neutral(without_passwords("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def _nobody_reads(stream: TextIO) -> bool:
@@ -108,123 +119,8 @@ def parse(
     return args, Path(configs[0] if configs else str(default_config)), [w for w in words if "=" in w]
 
 
-def load_settings(schema: type[Settings], path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file, the `base:` files it names and `key=value` overrides into the dataclass `schema`.
-
-    A `base` is relative to the file that names it; later values win, lists are replaced whole. An unknown key
-    or a wrong type raises `UserError` naming the key.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    where = ""  # the entry of a list that is looked at, which OmegaConf's errors do not name
-    try:
-        config = _read_yaml(path)
-        for override in overrides:
-            key, _, text = override.partition("=")
-            try:
-                parsed: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
-                value = parsed["value"]
-                OmegaConf.update(config, key, value, merge=not isinstance(value, list))
-            except (yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
-                raise UserError(f"override `{override}`: {str(error).splitlines()[0]}") from None
-        values = OmegaConf.to_container(config)
-        places = list(_places(schema, values))
-        for key, kind, value in places:
-            if _misread(kind, value):
-                raise UserError(
-                    f"{path}: setting `{key}`: YAML reads {value!r} where a text is wanted: put it in quotes"
-                )
-            if wanted := _several(kind, value):
-                raise UserError(f"{path}: setting `{key}`: {value!r} stands where {wanted} is wanted")
-        for where, kind, value in places:
-            if is_dataclass(kind) and isinstance(value, dict) and where.rpartition(".")[2].isdigit():
-                OmegaConf.merge(OmegaConf.structured(kind), value)
-        where = ""
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
-    except OmegaConfBaseException as error:
-        key = ".".join(filter(None, [where, getattr(error, "full_key", None)])) or "?"
-        key = re.sub(r"\[(\d+)\]", r".\1", key)  # as overrides are written
-        reason = str(getattr(error, "msg", None) or error).split("\n")[0]
-        raise UserError(f"{path}: setting `{key}`: {reason}") from None
-    except TypeError:  # OmegaConf's, which does not say where
-        key = _of_another_kind(OmegaConf.structured(schema), config)
-        raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
-    return cast(Settings, settings)
-
-
-def _places(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every place of a config with its key, the type wanted there and what it holds, nested ones after theirs."""
-    yield key, kind, value
-    inner: list[tuple[Any, Any, Any]] = []
-    if is_dataclass(kind) and isinstance(value, dict):
-        inner = [(name, wanted, value.get(name)) for name, wanted in get_type_hints(kind).items()]
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        inner = [(name, get_args(kind)[1], held) for name, held in value.items()]
-    elif get_origin(kind) is list and isinstance(value, list):
-        inner = [(place, get_args(kind)[0], held) for place, held in enumerate(value)]
-    for name, wanted, held in inner:
-        yield from _places(wanted, held, f"{key}.{name}".lstrip("."))
-
-
-def _misread(kind: Any, value: Any) -> bool:
-    """Whether YAML has read a text as something else: `no` as False, `2024_10` as 202410."""
-    texts = kind is str or (get_origin(kind) is UnionType and str in get_args(kind))
-    return texts and isinstance(value, (bool, int, float))
-
-
-def _several(kind: Any, value: Any) -> str | None:
-    """What is wanted, if a list or mapping is and `value` is a single one: `files: a.jsonl`, `tokenizer: path`."""
-    listed = get_origin(kind) is list
-    single = isinstance(value, (str, bool, int, float)) and not (isinstance(value, str) and "${" in value)
-    if single and (listed or get_origin(kind) is dict or is_dataclass(kind)):  # `${…}` may refer to several
-        return f"a list, [{value}]," if listed else "a mapping, {key: value},"
-    return None
-
-
-def _of_another_kind(onto: Any, config: Any) -> str:
-    """The first key of `config` that cannot be merged into `onto`."""
-    from omegaconf import OmegaConf
-
-    for key in config:
-        try:
-            OmegaConf.merge(onto, OmegaConf.masked_copy(config, [key]))
-        except TypeError:
-            return str(key)
-    return "?"
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
-    """One YAML file merged onto its `base`, as an OmegaConf node."""
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `base` leads back to itself")
-    try:
-        config = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"no config file at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path}: a mapping of settings is expected")
-    base = config.pop("base", None)
-    if base is None:
-        return config
-    below = _read_yaml(path.parent / str(base), (*seen, path.resolve()))
-    try:
-        return OmegaConf.merge(below, config)
-    except TypeError:
-        key = _of_another_kind(below, config)
-        raise UserError(f"{path}: setting `{key}` holds a list for a mapping, or a mapping for a list") from None
-
-
 def progress(total: float | None, unit: str, label: str, initial: float = 0, disable: bool = False) -> Any:
     """A tqdm bar on stderr with rate and ETA; without a terminal plain lines, at most one in ten seconds."""
-    from tqdm import tqdm
-
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -254,9 +150,9 @@ class _Lines:
         sys.stderr.flush()
 
 
-def counted(count: int, what: str) -> str:
-    """`1 block`, `2 blocks`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def show(text: str) -> None:
+    """Results on stdout, in lines of their own; made `neutral`, as they may quote data."""
+    print(neutral(text))
 
 
 def say(message: str) -> None:
@@ -264,6 +160,7 @@ def say(message: str) -> None:
 
     A message that cannot be written (its pipe is closed, as by `… 2>&1 | head`, or its disk full) stops no work.
     """
+    message = one_line(message)  # it may quote data
     with suppress(OSError):
         if "tqdm" in sys.modules:
             sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)

@@ -1,183 +1,154 @@
-"""What the pinned clients of object stores need before they read and write."""
+"""Addresses of object stores, and which of their errors pass by themselves."""
 
-import importlib.util
 import os
 import re
-import shutil
-import time
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from typing import TypeVar
 
-from chimera.cli import UserError, say
+from chimera.cli import FULL, REFUSED, UserError
+from chimera.retries import Retries
+from chimera.text import counted, one_line
 
 URL = re.compile(r"[a-z][a-z0-9-]*:/")  # one slash is enough: `dbfs:/Volumes/...`
-PASSWORD = re.compile(r"[a-z][a-z0-9-]*:/+[^/@]*:[^/@]*@")
-CUT = re.compile(r"[?#\0-\x1f]")  # where `urlsplit`, and so the clients, end a path: all objects would have one name
-# DBFS outside of volumes is left out: streaming's downloader asks for it where Databricks answers for volumes alone.
-WRITABLE = re.compile(
-    r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|dbfs:/Volumes(/[^/]+){3}(/.*)?"
-    r"|alipan:///.+|sftp://[^/]+/.+"
+SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/+")
+# A user, token or password before the host: all up to an `@` of the first name, or to one behind a colon of it that
+# begins no port (a password may hold a slash); also percent-encoded. SFTP's user and OCI's bucket stand there.
+USER = re.compile(r"[^/]*[@%]|[^/@]*:(?!\d{1,5}(?:/|$))[^@]*@")
+NAMED = re.compile(r"[^/@:%]+@[^/@%]+(/.*)?", re.S)  # sftp://USER@HOST, oci://BUCKET@NAMESPACE
+NAMES_USER = (
+    "holds a user, a token or a password before its host: take it out; docs/clusters.md says where credentials go "
+    "(for sftp:// a key)"
 )
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
-# `a//b`, `/./`, `/../`: servers that tidy up paths send the client elsewhere, which S3's then follows without an end.
+CUT = re.compile(r"[?#\0-\x1f]")  # where clients may end a path: all objects would have one name
+WRITABLE = re.compile(
+    r"(s3|gs|azure|azure-dl|oci)://[^/]+(/.*)?|hf://datasets/[^/]+/[^/]+(/.*)?|sftp://[^/]+/.+"
+)  # fmt: skip
+# `a//b`, `/./`, `/../`: not every client and server keeps them apart from the tidy name
 UNTIDY = re.compile(r"(?<=[^:/])//+[^/]|/\.{1,2}(/|$)")
-REFUSALS = {  # databricks-sdk's and alipcs_py's words for HTTP statuses
-    "UNAUTHENTICATED": 401,
-    "PERMISSION_DENIED": 403,
-    "NOT_FOUND": 404,
-    "RESOURCE_DOES_NOT_EXIST": 404,
-    "InvalidParameter.RefreshToken": 401,
-}
+ADDRESSES = (
+    "s3://, gs://, azure://, azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, or "
+    "sftp://USER@HOST/PATH"
+)
+STATUS = re.compile(r"(?<=non-2xx status code: )(\d{3})")  # obstore's word for an answer
+REASON = re.compile(r'(?:message|error): "([^"\\]+)"')  # of a failed connection, innermost last: obstore's again
+
+Result = TypeVar("Result")
+
+
+class StoreError(UserError, OSError):
+    """A store cannot be used; one line that names the object, what was tried and why it failed, without secrets."""
 
 
 def is_remote(place: str) -> bool:
     """Whether `place` is a URL (`file://` too) rather than a path.
 
-    Raises `UserError` for one with a password, which logs and manifests would show, and for one the clients cut.
+    Raises `UserError`, which never shows it, for one that `names_user`, for one the clients cut, and for one whose
+    scheme is not in small letters, which would be a folder.
     """
-    if PASSWORD.match(place):
-        raise UserError(
-            "an address holds a password: take it out; docs/clusters.md says where credentials go (for sftp:// a key)"
-        )
+    if names_user(place):
+        raise UserError(f"an address {NAMES_USER}")
     if URL.match(place) and CUT.search(place):
         raise UserError("an address holds `?`, `#` or a line break, and clients of stores read no further: take it out")
+    if odd_scheme(place):
+        raise UserError("an address must begin with its scheme in small letters, as s3:// or hf://")
     return URL.match(place) is not None
+
+
+def names_user(place: str) -> bool:
+    """Whether an address holds what logs and manifests must not show: a user, a token or a password."""
+    if (scheme := SCHEME.match(place)) is None:
+        return False
+    rest = place[scheme.end() :]
+    plain = scheme[1].lower() in ("sftp", "oci") and NAMED.fullmatch(rest)
+    return bool(USER.match(rest)) and not plain
+
+
+def odd_scheme(place: str) -> bool:
+    """Whether `place` begins as an address, but not with a scheme in small letters."""
+    return bool(SCHEME.match(place)) and not URL.match(place)
 
 
 def check_writable(url: str, where: str = "setting `output`") -> None:
     """Raise `UserError`, naming where the URL is given, for one no build can write to."""
     if not WRITABLE.fullmatch(url) or UNTIDY.search(url):
-        raise UserError(
-            f"{where}: {url} is not an address to write to: take a folder, s3://, gs://, azure://, "
-            "azure-dl:// or oci:// with a bucket, hf://datasets/OWNER/NAME/PATH, "
-            "dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/PATH, alipan:///PATH, or sftp://USER@HOST/PATH"
-        )
+        raise UserError(f"{where}: {url} is not an address to write to: take a folder, {ADDRESSES}")
 
 
-def readable(url: str) -> str:
-    """Where streaming's downloader finds what its uploader wrote to `url`.
+def attempt(what: str, act: Callable[[], Result], attempts: int, again: Callable[[], None] = lambda: None) -> Result:
+    """The result of `act`, tried up to `attempts` times where its error `is_transient`; `again` is called in between.
 
-    The two differ for Azure (streaming 0.13.0; its issue 727 changed one of them): `azure://BOX/PATH` is
-    uploaded into the container BOX of the account `AZURE_ACCOUNT_NAME`, but read from the container that PATH begins
-    with. The long form, `azure://ACCOUNT.…/BOX/PATH`, stays. Raises `ValueError` where the account, or what Alipan
-    needs, is missing.
+    Raises `FileNotFoundError` where there is no such object, `OSError` of this machine's own disk as it is, and
+    `StoreError` for the rest.
     """
-    place = urlsplit(url)
-    if place.scheme == "alipan" and importlib.util.find_spec("alipcs_py") is None:
-        raise ValueError("alipan:/// needs the alipan extra: pip install -c constraints.txt -e '.[alipan]'")
-    if place.scheme == "alipan" and not os.environ.get("ALIPAN_WEB_REFRESH_TOKEN"):
-        raise ValueError("alipan:/// needs the environment variable ALIPAN_WEB_REFRESH_TOKEN")
-    if place.scheme not in ("azure", "azure-dl") or "." in place.netloc:
-        return url
-    account = os.environ.get("AZURE_ACCOUNT_NAME")
-    if not account:
-        raise ValueError(f"{place.scheme}://{place.netloc} needs the environment variable AZURE_ACCOUNT_NAME")
-    return url if place.scheme == "azure-dl" else f"azure://{account}/{place.netloc}{place.path}"
+    retries = Retries(what, attempts, is_transient, _words)
+    while True:
+        try:
+            return act()
+        except Exception as error:  # every client has its own kinds
+            if isinstance(error, OSError) and error.errno in (*REFUSED, *FULL) and error.filename is not None:
+                raise  # this machine's own
+            said = _words(error)
+            if status_of(error) == 404:
+                raise FileNotFoundError(f"{what} failed: {said}") from None
+            if not retries.wait(error):
+                raise StoreError(
+                    f"{what} failed after {counted(retries.failures, 'attempt')}: {said}: fix it and run the same "
+                    "command again; it goes on where it stopped"
+                ) from None
+            again()
 
 
-def downloader(url: str) -> Any:
-    """A client to `download` with from where `url` is; raises `ValueError` where its settings are wrong."""
-    readable(url)  # or says what is missing
-    if url.startswith("sftp:"):
-        from chimera.sftp import SftpClient
-
-        return SftpClient(url)
-    from streaming.base.storage.download import CloudDownloader
-
-    return CloudDownloader.get(url)
-
-
-def uploader(root: str, local: Path) -> Any:
-    """What uploads files of the folder `local` to below `root`, by the interface of streaming's uploaders.
-
-    Raises `ValueError` or `KeyError` where its settings are wrong.
-    """
-    readable(root)  # or says what is missing
-    local.mkdir(parents=True, exist_ok=True)
-    if root.startswith("sftp:"):
-        from chimera.sftp import SftpClient
-
-        return SftpClient(root, str(local))
-    if root.startswith("hf:"):
-        return HubUploader(root, str(local))
-    from streaming.base.storage.upload import CloudUploader
-
-    plain_uploads()
-    found = CloudUploader.get((str(local), root), keep_local=True, retry=1, exist_ok=True)
-    if root.startswith("alipan:"):
-        send_whole(found.api)
-    return found
-
-
-def download(client: Any, url: str, to: Path, seconds: float) -> None:
-    """Download what is at `url` to `to`, whole or not at all, by a `client` that `downloader` made.
-
-    `seconds` is how long to wait for an answer. Raises what the client does, and `OSError` where it fails silently.
-    """
-    # Streaming 0.13.0's for the hub and for Alipan go through a file of the object's own name beside the one asked for:
-    # two processes would take each other's away, or a file in place. What a killed one leaves, the next try removes.
-    own = to.with_name(f"{to.name}.d")
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir(parents=True)
-    try:
-        client.download(readable(url), str(own / "object"), seconds)
-        if not (own / "object").exists():  # streaming's for `gs` passes over errors it does not know
-            raise OSError("the store's client gave neither the object nor a reason")
-        (own / "object").replace(to)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may go well a little later: a busy or broken server or line, not a refusal."""
+    if isinstance(error, (UserError, ImportError, ValueError, TypeError, KeyError, RuntimeError)):
+        return False
+    if type(error).__name__ in ("NotSupportedError", "InvalidPathError", "UnknownConfigurationKeyError"):
+        return False  # obstore's
+    status = status_of(error)
+    return status is None or status in (408, 425, 429) or not 300 <= status < 500
 
 
 def status_of(error: BaseException | None) -> int | None:
     """The HTTP status behind an exception of any of the stores' clients; 404 for what it calls not found."""
     missing = None
     while error is not None:
-        response: Any = getattr(error, "response", None)  # botocore's is a dict, others' are requests' own
-        known = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        names = ("status_code", "status", "code")
-        for found in (known, *(getattr(place, name, None) for place in (error, response) for name in names)):
-            if str(found).isdigit():
-                return int(str(found))
-        if refusal := REFUSALS.get(str(getattr(error, "error_code", None))):
-            return refusal
-        if any(kind.__name__ == "AuthenticationException" for kind in type(error).__mro__):
-            return 401  # paramiko's
-        if isinstance(error, PermissionError) and error.filename is None:
-            return 403  # paramiko's too; the system names a file
-        if type(error).__name__ == "LocalEntryNotFoundError":
-            return None  # the hub's client found nothing on this machine, for it could not ask the hub
+        kind, response = type(error).__name__, getattr(error, "response", None)
+        if found := STATUS.search(str(error)):
+            return int(found[1])
+        for place in (error, response):
+            for name in ("status_code", "status", "code"):
+                if str(value := getattr(place, name, None)).isdigit():
+                    return int(str(value))
+        if kind in ("UnauthenticatedError", "AuthenticationException"):  # obstore's, paramiko's
+            return 401
+        if kind == "PermissionDeniedError" or (isinstance(error, PermissionError) and error.filename is None):
+            return 403  # obstore's; paramiko's, where the system would name a file
         if isinstance(error, FileNotFoundError):
-            missing = 404  # but streaming may say so of what was a refusal
+            missing = 404  # unless a refusal is behind it
         error = error.__cause__
     return missing
 
 
-def _seconds_asked(error: BaseException | None) -> float | None:
-    """How long the server behind an exception asks to wait (`Retry-After`), where it does."""
-    while error is not None:
-        response: Any = getattr(error, "response", None)
-        known = response.get("ResponseMetadata", {}).get("HTTPHeaders") if isinstance(response, dict) else None
-        for key, value in dict(known or getattr(response, "headers", None) or {}).items():
-            if key.lower() == "retry-after" and str(value).isdigit():
-                return float(value)
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def wait_to_retry(what: str, said: str, error: Exception, attempt: int, attempts: int) -> None:
-    """Say that `attempt` of `attempts` at `what` failed (`said`: why), and wait before the next one.
-
-    That is 1 s and each time twice as long, up to `LONGEST_WAIT`, or as long as the server asks for.
-    """
-    asked = _seconds_asked(error)
-    seconds = min(LONGEST_WAIT, 2.0 ** (attempt - 1)) if asked is None else asked
-    say(f"{what}: {said}; attempt {attempt + 1} of {attempts} in {seconds:g} s")
-    time.sleep(seconds)
+def _words(error: BaseException) -> str:
+    """What an error says, on one line: of obstore's the status, the server's code and its message, and of no address
+    the query, which may hold a signature."""
+    text, _, inner = str(error).partition("\n\nDebug source:")
+    text = re.sub(r"^Generic \w+ error: Error performing (\S+ \S+) in \S+ - ", r"\1: ", text)
+    if found := STATUS.search(text):
+        told = [part[1] for name in ("Code", "Message") if (part := re.search(f"<{name}>(.*?)</{name}>", text, re.S))]
+        text = ": ".join([text[found.start() :].partition("<")[0].rstrip(": \n"), *told])
+    elif reasons := REASON.findall(inner):
+        text += f": {reasons[-1]}"
+    said = re.sub(r"\?[^\s'\"<>]*", "", one_line(text))
+    if status_of(error) in (401, 403):
+        said = f"the store refuses these credentials (HTTP {status_of(error)}; {said})"
+    if "redirect without LOCATION" in said:
+        said += ": set AWS_DEFAULT_REGION to the bucket's region"
+    return said[:400] or type(error).__name__
 
 
 def plain_uploads() -> None:
-    """Have boto3 send no trailing checksum to servers other than Amazon's.
+    """Have boto3, by which Composer writes checkpoints, send no trailing checksum to servers other than Amazon's.
 
     Over TLS it does so by default since 1.36, and some servers (rclone's, for one) refuse such a body
     (boto/boto3#4398). The environment reaches all clients of this process and its children.
@@ -185,38 +156,3 @@ def plain_uploads() -> None:
     others = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GCS_KEY")
     if any(os.environ.get(name) for name in others):
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-
-
-def send_whole(drive: Any) -> None:
-    """Have an Alipan client (`AliPCSApi`) send each file it uploads.
-
-    Where the drive knows a file that begins with the same KiB, alipcs_py 0.8.1 sends a checksum of the whole and takes
-    the file for uploaded, whatever the drive answers; and raw shards begin alike. So the client is kept from asking
-    whether the drive knows the KiB.
-    """
-    create = drive.create_file
-    drive.prepare_file = lambda name, folder, size, _first_kib, **more: create(name, folder, size, **more)
-
-
-class HubUploader:
-    """Uploads into `hf://datasets/OWNER/NAME/PATH`, one commit a file, by the interface of streaming's uploaders.
-
-    Streaming's own (0.13.0) leaves PATH out, so that its downloader does not find what it wrote.
-    """
-
-    def __init__(self, root: str, local: str) -> None:
-        from huggingface_hub import HfApi
-
-        owner, name, *folders = root.removeprefix("hf://datasets/").split("/")
-        self.local, self._set, self._path = local, f"{owner}/{name}", "/".join(folders)
-        self._api = HfApi()
-
-    def upload_file(self, filename: str) -> None:
-        """`local/filename` into the set."""
-        self._api.upload_file(
-            path_or_fileobj=Path(self.local, filename),
-            path_in_repo=f"{self._path}/{filename}".lstrip("/"),
-            repo_id=self._set,
-            repo_type="dataset",
-            commit_message=f"Add {filename}",
-        )

@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from chimera.cli import run, say
+from chimera.text import size
 from samples import english, italian
 
 SEED = 20_240_501
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             table = pa.table({"text": pa.array(rows, pa.string())})
             pq.write_table(table, path, compression="zstd", row_group_size=300)
-        say(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e3:.0f} kB")
+        say(f"{path}: {len(rows)} rows, {size(path.stat().st_size)}")
     return 0
 
 

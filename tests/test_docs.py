@@ -1,4 +1,6 @@
-"""Every command of README.md and docs/ is run, in order, in a copy of the checkout.
+"""Every command of README.md and docs/ is run, in order, in a copy of the checkout, and every Python block as a file.
+
+What follows a `print` as a comment is a line that the block prints.
 
 A block marked ```sh no-run``` needs a cluster, a hub, credentials or hours: of these, shell syntax, files, settings
 and option names are checked, and nothing is run. `composer` commands run as they stand on the small models the pages
@@ -16,15 +18,18 @@ from pathlib import Path
 
 import pytest
 
+import chimera
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```sh( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(sh|python)( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
     page: Path
     line: int
+    language: str
     run: bool
     text: str
 
@@ -34,12 +39,12 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    return [Block(page, text.count("\n", 0, m.start()) + 1, m[1] is None, m[2]) for m in BLOCK.finditer(text)]
+    return [Block(page, text.count("\n", 0, m.start()) + 1, m[1], m[2] is None, m[3]) for m in BLOCK.finditer(text)]
 
 
-def run(checkout: Path, text: str, where: object) -> str:
-    """Run a block with bash, stopping at its first failing command; returns what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def run(checkout: Path, text: str, where: object, commands: Path = Path(sys.executable).parent) -> str:
+    """Run a block with bash and the `commands` of a folder, stopping at the first that fails; what it printed."""
+    path = f"{commands}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=checkout,
@@ -71,12 +76,12 @@ def test_readme_commands_run(checkout: Path) -> None:
     assert (checkout / "demo/short/ep0-ba2-rank0.pt").exists()
 
 
-def test_own_data_and_resume_pages_run_one_after_the_other(checkout: Path) -> None:
+def test_own_data_and_resume_pages_run_one_after_the_other(checkout: Path, warm: Path) -> None:
     printed = ""
     for page in ("own-data.md", "resume.md"):
         for block in blocks(ROOT / "docs" / page):
             if block.run:
-                printed = run(checkout, block.text, block)
+                printed = run(checkout, block.text, block, warm)
                 if "report.py" in block.text:
                     assert "equal those computed from the plan" in printed
     assert (checkout / "mine/hf/model.safetensors").exists()
@@ -85,10 +90,20 @@ def test_own_data_and_resume_pages_run_one_after_the_other(checkout: Path) -> No
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", "own-data.md", "resume.md")], ids=str)
-def test_commands_of_the_other_pages_run(page: Path, checkout: Path) -> None:
+def test_commands_of_the_other_pages_run(page: Path, checkout: Path, warm: Path) -> None:
     for block in blocks(page):
-        if block.run:
-            run(checkout, block.text, block)
+        if block.run and block.language == "python":
+            (checkout / "block.py").write_text(block.text, encoding="utf-8")
+            printed = run(checkout, "python block.py", block, warm)
+            for said in re.findall(r"^ *print\(.*\)  # (.*)$", block.text, re.MULTILINE):
+                assert re.search(f"^{re.escape(said)}$", printed, re.MULTILINE), f"{block}: {said}\n{printed}"
+        elif block.run:
+            run(checkout, block.text, block, warm)
+
+
+def test_the_page_of_public_names_shows_them_and_nothing_else() -> None:
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"chimera\.(\w+)", text)) == {*chimera.__all__} - {"__version__"}
 
 
 NOT_RUN = [block for page in PAGES for block in blocks(page) if not block.run]
@@ -110,9 +125,9 @@ def test_commands_that_cannot_run_here_name_what_exists(block: Block) -> None:
 
 def check_settings(script: str, words: list[str], where: str) -> None:
     """`key=value` words must be settings of the command's config."""
-    from chimera.cli import load_settings
-    from convert.settings import BuildSettings
-    from train.settings import TrainSettings
+    from chimera.config import load_settings
+    from chimera.convert.settings import BuildSettings
+    from chimera.train.settings import TrainSettings
 
     configs = [word for word in words if word.endswith(".yaml")]
     overrides = [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
@@ -121,6 +136,12 @@ def check_settings(script: str, words: list[str], where: str) -> None:
         load_settings(schema, ROOT / configs[0], [w for w in overrides if not w.startswith("step=")])
     else:
         assert not overrides or configs, where
+
+
+def test_the_page_of_settings_is_what_the_fields_say() -> None:
+    from docs import settings_page
+
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), "run `python docs/settings_page.py`"
 
 
 def test_every_file_has_its_line_in_the_map() -> None:
@@ -136,7 +157,7 @@ def test_every_file_has_its_line_in_the_map() -> None:
             found.add(folder + name)
     folders = ("convert", "train", "chimera", "samples", "bench")
     there = {
-        str(p.relative_to(ROOT)) for name in folders for p in (ROOT / name).glob("*.py") if p.name != "__init__.py"
+        str(p.relative_to(ROOT)) for name in folders for p in (ROOT / name).rglob("*.py") if p.name != "__init__.py"
     }
     assert found == there
 
@@ -145,3 +166,9 @@ def test_every_file_has_its_line_in_the_map() -> None:
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tests_that_security_names_are_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert not [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")]

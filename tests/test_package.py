@@ -46,11 +46,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(installed: Path, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
         [installed / "env/bin" / words[0], *words[1:]],
-        cwd=installed,
+        cwd=cwd or installed,
         env=environment,
         capture_output=True,
         text=True,
@@ -58,16 +58,28 @@ def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_code_that_runs_is_the_wheels(installed: Path) -> None:
-    done = run(
-        installed,
-        "python",
-        "-c",
-        "import chimera, convert, train; print(chimera.__file__, convert.__file__, train.__file__)",
-    )
-    assert done.stdout.split() == [
-        str(p) for p in sorted((installed / "env").glob("lib/*/site-packages/c[ho]*/__init__.py"))
-    ] + [str(next((installed / "env").glob("lib/*/site-packages/train/__init__.py")))]
+def test_the_wheel_holds_the_library_alone(installed: Path) -> None:
+    """A package called `train` or `convert` would be taken for, or hide, a file of the user's."""
+    done = run(installed, "python", "-c", "import chimera; print(chimera.__file__)")
+    (site,) = (installed / "env/lib").glob("python*/site-packages")
+    assert done.stdout.strip() == str(site / "chimera/__init__.py")
+    names = {path.name for path in site.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")}
+    assert names == {"chimera"}
+
+
+def test_commands_run_beside_files_of_the_users_with_their_names(installed: Path, tmp_path: Path) -> None:
+    for name in ("train.py", "convert.py", "plan.py"):
+        (tmp_path / name).write_text("raise SystemExit('the user's own file was run')\n")
+    for words in (
+        ["chimera-build-shards", "none.yaml"],
+        ["chimera-plan", "none.yaml"],
+        ["composer", "-n", "1", "-m", "chimera.train", "none.yaml"],
+    ):
+        if words[0] == "composer":  # of the environment behind, run by the one in front
+            words = ["python", "-m", "composer.cli.launcher", *words[1:]]
+        done = run(installed, *words, cwd=tmp_path)
+        assert done.returncode, done.stdout
+        assert "error: no config file at none.yaml" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", commands())

@@ -21,7 +21,7 @@ BLOCK, PHASES, STAGES = 1024, (8, 4), {0: 256, 3: 512, 6: 1024}
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from convert import build_shards
+    from chimera.commands import build_shards
 
     output = tmp_path_factory.mktemp("real") / "shards"
     files = {
@@ -55,12 +55,13 @@ def recipe(file: str, shards: Path, folder: Path) -> list[str]:
 def test_two_files_train_as_one_and_plan_inspect_and_steps_agree(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train import inspect_batch, plan
-    from train.main import main as train
+    from chimera.commands import inspect_batch, plan
+    from chimera.commands.train import main as train
 
     def printed(tool: Any, *words: str) -> Any:
         capsys.readouterr()
-        tool.main([*recipe("full.yaml", shards, tmp_path / "full"), *words, "--json"])
+        run = [*recipe("full.yaml", shards, tmp_path / "full"), f"max_duration={total}ba"]
+        tool.main([*run, *words, "--json"])
         return json.loads(capsys.readouterr().out)
 
     total = sum(PHASES)
@@ -88,13 +89,13 @@ def test_two_files_train_as_one_and_plan_inspect_and_steps_agree(
             realised[block["stream"]] += 1
         drawn = Counter(block["stream"] for block in seen["blocks"])
         assert {name: drawn[name] * BLOCK for name in line["streams"]} == line["streams"]
-        assert line["tokens"] == 4 * line["seq_len"]
+        assert line["positions"] == 4 * line["seq_len"]
         for segment in planned["segments"]:
             if segment["last_step"] == line["step"]:
                 done = planned["segments"][: planned["segments"].index(segment) + 1]
                 assert realised == sum((Counter(s["streams"]) for s in done), Counter())
     assert planned["steps"] == total
-    assert planned["tokens"] == sum(line["tokens"] for line in steps)
+    assert planned["positions"] == sum(line["positions"] for line in steps)
     assert {name: stream["blocks"] for name, stream in planned["streams"].items()} == realised
 
 

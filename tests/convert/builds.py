@@ -11,12 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zstandard
 
+from chimera.convert.build.executor import Event, Executor
+from chimera.limits import Limits
+
+LIMITS = Limits(4 << 30)
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = (
     "il la un una di che non è perché città più università casa tempo acqua the of and water because light river "
@@ -133,26 +138,58 @@ def run(settings: dict[str, Any], folder: Path, **environment: str) -> tuple[int
     return process.returncode, said
 
 
-def build_here(settings: dict[str, Any]) -> dict[str, Any]:
-    """A build in this process, one part after another; returns the manifest of a local output."""
-    from omegaconf import OmegaConf
+def merged(settings: dict[str, Any]) -> Any:
+    """Settings as the builder takes them."""
+    from chimera.config import validated
+    from chimera.convert.settings import BuildSettings
 
-    from convert import build_shards, engine
-    from convert.settings import BuildSettings, check
-
-    merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BuildSettings), OmegaConf.create(settings)))
-    check(merged)
-    real, engine.make_engine = engine.make_engine, lambda _, work: Inline(work)
-    try:
-        build_shards.build(merged)
-    finally:
-        engine.make_engine = real
-    manifest = Path(settings["output"]) / "manifest.json"
-    return json.loads(manifest.read_text()) if manifest.exists() else {}
+    return validated(BuildSettings, settings, "settings")
 
 
-class Inline:
-    """An engine that runs a part in the calling process, when its events are asked for."""
+def build_here(settings: dict[str, Any], executor: Callable[[Path], Executor] | None = None) -> dict[str, Any]:
+    """A build in this process, one part after another; returns its manifest."""
+    from chimera.convert.build.build import build
+
+    found = merged(settings)
+    return build(found, (executor or Inline)(found.work_folder)).model_dump()
+
+
+class _Stopped(BaseException):
+    """Stands for a kill: nothing in the builder catches it."""
+
+
+def build_with_stops(
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    every: int,
+    at_stop: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], int]:
+    """A build of batches of `rows` that stops after a commit at `every` n-th batch; its manifest and the stops."""
+    from chimera.convert.build import part as part_module
+
+    add, calls = part_module._Part._add, [0]
+
+    def add_and_stop(part: Any, *given: Any) -> Any:
+        moved, calls[0] = add(part, *given), calls[0] + 1
+        if calls[0] % every == 0:
+            part._commit()
+            at_stop()
+            raise _Stopped
+        return moved
+
+    monkeypatch.setattr(part_module, "BATCH_ROWS", rows)
+    monkeypatch.setattr(part_module._Part, "_add", add_and_stop)
+    for stops in range(100):
+        try:
+            return build_here(settings), stops
+        except _Stopped:
+            continue
+    raise AssertionError("a hundred stops, and the build is not done")
+
+
+class Inline(Executor):
+    """Runs a part in the calling process, when its events are asked for."""
 
     def __init__(self, work: Path, slots: int = 1, last_first: bool = False) -> None:
         self.slots, self._work, self._last_first = slots, work, last_first
@@ -162,8 +199,7 @@ class Inline:
         self._tasks.append(task)
 
     def wait(self, seconds: float) -> list[Any]:
-        from convert.engine import Event
-        from convert.part import run_part
+        from chimera.convert.build.part import run_part
 
         task = self._tasks.pop(-1 if self._last_first else 0)
         run_part(self._work, task.stream, task.part, task.limit, lambda _: None)

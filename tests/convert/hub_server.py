@@ -117,8 +117,8 @@ class _Handler(LoopbackHandler):
         if rest.startswith("/paths-info/"):
             asked = parse_qs(self.body.decode())["paths"]
             found = [self._entry(path, files[path]) for path in asked if path in files]
-            folders = [p for p in asked if p not in files and any(f.startswith(f"{p}/") for f in files)]
-            found += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
+            folders = {p for p in asked if p not in files and any(f.startswith(f"{p}/") for f in files)}
+            found += [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
             return self.send_json(200, found)
         if rest.startswith("/preupload/"):
             asked = json.loads(self.body)["files"]
@@ -132,6 +132,8 @@ class _Handler(LoopbackHandler):
             for line in map(json.loads, self.body.splitlines()):
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
             url = f"{self.owner.url}/datasets/{name}/commit/{COMMIT}"
             return self.send_json(200, {"success": True, "commitOid": COMMIT, "commitUrl": url})
         self.owner.unknown.append(f"{self.command} {self.path}")

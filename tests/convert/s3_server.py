@@ -1,10 +1,13 @@
-"""A real S3 server (`rclone serve s3`) on loopback, behind a proxy that can answer 5xx, and that can be restarted."""
+"""A real S3 server on loopback, behind a proxy that can answer 5xx or wait: `rclone serve s3`, which can be restarted,
+or SeaweedFS, which honours conditional creates."""
 
 import http.client
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.convert.loopback import LoopbackHandler, LoopbackServer
 from tests.convert.rclone import RcloneServer
+from tests.convert.seaweed import SeaweedServer
 
 KEY, SECRET = "CHIMERATESTKEYID0001", "chimera/test+secret/of/forty/character40"  # as long as real ones
 
@@ -12,17 +15,20 @@ KEY, SECRET = "CHIMERATESTKEYID0001", "chimera/test+secret/of/forty/character40"
 class S3Server(LoopbackServer):
     """Buckets are the folders of `root`; `environment` is what a client needs.
 
-    With `tls`, a certificate and its key in one file, clients talk to the server itself and not to the proxy.
+    With `tls`, a certificate and its key in one file, clients talk to the server itself and not to the proxy. With
+    `seaweed`, what is in the buckets is for clients alone to see.
     """
 
-    def __init__(self, root: Path, tls: Path | None = None) -> None:
+    def __init__(self, root: Path, tls: Path | None = None, seaweed: bool = False) -> None:
         self.root, self.tls = root, tls
         (root / "bucket").mkdir(parents=True)
+        self.before: Callable[[str], None] = lambda _: None  # called with each request before it is passed on
         self.errors = 0  # 503 answers still to give
         self.given = 0
         self.requests: list[str] = []
         flags = ["--auth-key", f"{KEY},{SECRET}", "--force-path-style", "--no-cleanup"]
-        self._real = RcloneServer("s3", [*flags, *(["--cert", str(tls), "--key", str(tls)] if tls else [])], root)
+        flags += ["--cert", str(tls), "--key", str(tls)] if tls else []
+        self._real = SeaweedServer(root, KEY, SECRET) if seaweed else RcloneServer("s3", flags, root)
         super().__init__(_Proxy)
 
     @property
@@ -56,6 +62,7 @@ class _Proxy(LoopbackHandler):
             self.end_headers()
         body = self._body()
         server.requests.append(f"{self.command} {self.path}")
+        server.before(server.requests[-1])
         if server.errors > 0:
             server.errors -= 1
             server.given += 1

@@ -5,8 +5,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from convert.documents import Document, chunks
-from convert.encoding import Encoder
+from chimera.convert.encode.document import Document
+from chimera.convert.encode.encoding import Encoder
+from chimera.convert.encode.texts import chunks
 
 EOS, PAD, START, END = "<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>"
 ADDED = ("ciao", "perche", "andare", "dare")
@@ -62,7 +63,7 @@ def encoder(json_spec: dict[str, Any] | None = None) -> Encoder:
 def slow_encoder(json_spec: dict[str, Any] | None = None) -> Encoder:
     """The same on the path through `tokenizers`."""
     found = encoder(json_spec)
-    found._leave_fast_path("for the test")
+    found.leave_fast_path("for the test")
     return found
 
 

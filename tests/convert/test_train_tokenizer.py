@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from chimera.cli import UserError
-from convert import train_tokenizer
-from convert.documents import Document, DocumentReader
-from convert.encoding import Encoder
-from convert.settings import StreamSettings, TokenizerSettings
+from chimera.commands import train_tokenizer
+from chimera.convert.encode.document import Document
+from chimera.convert.encode.documents import DocumentReader
+from chimera.convert.encode.encoding import Encoder
+from chimera.convert.settings import StreamSettings, TokenizerSettings
 from tests.convert.builds import ROOT
 
 PAIR = {"instruction": "Che cosa è la marea?", "input": "", "output": "La marea è il salire e scendere del mare."}
@@ -35,9 +36,9 @@ def config(tmp_path: Path) -> Path:
 
 def test_the_special_tokens_come_first_and_the_fast_path_holds(config: Path, tmp_path: Path) -> None:
     assert train_tokenizer.main([str(config), "vocab_size=300"]) == 0
-    encoder = Encoder.from_settings(TokenizerSettings(str(tmp_path / "tok")))
+    encoder = Encoder.from_settings(TokenizerSettings(path=str(tmp_path / "tok")))
     assert encoder.special_ids == {"<|endoftext|>": 0, "<|padding|>": 1, "<|im_start|>": 2, "<|im_end|>": 3}
-    assert (encoder.path, encoder.vocab_size) == ("tiktoken", 300)
+    assert (encoder.path, encoder.vocab_size) == ("fastokens", 300)
     ((ids, _),) = encoder.encode([Document((b"Il mulino",))])
     assert len(ids) < len("Il mulino")
 
@@ -45,7 +46,9 @@ def test_the_special_tokens_come_first_and_the_fast_path_holds(config: Path, tmp
 def test_the_same_sources_give_the_same_tokenizer(config: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         train_tokenizer.main([str(config), "vocab_size=500", f"tokenizer.path={tmp_path / name}/tokenizer.json"])
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    chat = ["streams.pairs.format=chat", "streams.pairs.template=tokenizer"]  # which has no template yet
+    train_tokenizer.main([str(config), "vocab_size=500", f"tokenizer.path={tmp_path}/c/tokenizer.json", *chat])
+    assert len({(tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b", "c")}) == 1
 
 
 def test_transformers_finds_the_ends_and_renders_chats_as_they_are_stored(config: Path, tmp_path: Path) -> None:
@@ -54,7 +57,7 @@ def test_transformers_finds_the_ends_and_renders_chats_as_they_are_stored(config
     train_tokenizer.main([str(config), "vocab_size=300"])
     theirs = AutoTokenizer.from_pretrained(tmp_path / "tok")
     assert (theirs.eos_token_id, theirs.pad_token_id) == (0, 1)
-    encoder = Encoder.from_settings(TokenizerSettings(str(tmp_path / "tok")))
+    encoder = Encoder.from_settings(TokenizerSettings(path=str(tmp_path / "tok")))
     document = DocumentReader(StreamSettings(format="chatml"), encoder.special_ids).read(PAIR)
     assert isinstance(document, Document)
     ((ids, _),) = encoder.encode([document])
@@ -62,8 +65,8 @@ def test_transformers_finds_the_ends_and_renders_chats_as_they_are_stored(config
         {"role": "user", "content": PAIR["instruction"]},
         {"role": "assistant", "content": PAIR["output"]},
     ]
-    assert theirs.apply_chat_template(messages) == ids[:-1].tolist()
-    prompt = theirs.apply_chat_template(messages[:1], add_generation_prompt=True)
+    assert theirs.apply_chat_template(messages, return_dict=False) == ids[:-1].tolist()
+    prompt = theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
     assert ids[: len(prompt)].tolist() == prompt
 
 
@@ -99,8 +102,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_tokenizer(config: Path, tmp_
         (["streams.text.min_chars=1000"], "streams.text: its source holds no usable document"),
         (["streams.text.sources.0.files=[nowhere.jsonl]"], "no file at nowhere.jsonl"),
         (["vocabsize=300"], "vocabsize"),
-        (["min_frequency=-1"], "min_frequency: -1 must be from 0 to"),
-        (["chars_per_stream=0"], "chars_per_stream: 0 must be from 1 to"),
+        (["min_frequency=-1"], "`min_frequency` is -1; it must be at least 0"),
+        (["chars_per_stream=0"], "`chars_per_stream` is 0; it must be at least 1"),
         (["vocab_size=300", "tokenizer.pad_token=<|endoftext|>"], "are both '<|endoftext|>': they must differ"),
         (["vocab_size=300", "tokenizer.eos_token=a"], "takes bytes of plain text as the special token 'a'"),
     ],

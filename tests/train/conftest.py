@@ -1,7 +1,8 @@
 """Real shards from the bundled sample, built once a test process, and runs of the real trainer on them."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's three streams in blocks of 128 tokens."""
-    from convert import build_shards, train_tokenizer
+    from chimera.commands import build_shards, train_tokenizer
 
     folder = tmp_path_factory.mktemp("demo")
     sources = {
@@ -55,11 +56,24 @@ def overrides(demo_shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+@contextlib.contextmanager
+def flex_uncompiled() -> Iterator[None]:
+    """Flex attention runs and trains on a CPU: torch compiles it there for inference alone, if at all."""
+    import torch
+    from torch.nn.attention import flex_attention
+
+    flag = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
+        patch.setattr(flex_attention, flag, True, raising=False)  # what torch 2.9 and later ask beside Dynamo's
+        patch.setattr(flex_attention, "_validate_device", lambda *_: None)
+        yield
+
+
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
 def weights_of(folder: Path, step: int) -> dict[str, Any]:
-    from train.export_hf import read_checkpoint
+    from chimera.train.run.checkpoint_file import read_checkpoint
 
     return read_checkpoint(folder / f"ep0-ba{step}-rank0.pt")["model"]

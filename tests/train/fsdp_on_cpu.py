@@ -13,7 +13,8 @@ import torch.distributed.fsdp._optim_utils as optim
 import torch.distributed.fsdp.fully_sharded_data_parallel as fsdp
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-from train import main, model_checks
+from chimera.commands import train as main
+from chimera.train.step import model_checks
 
 
 def cpu_handle(state: Any, *_: Any) -> Any:
@@ -35,7 +36,7 @@ torch.cuda.current_device = lambda: torch.device("cpu")
 init._init_device_handle = fsdp._init_device_handle = cpu_handle
 FlatParamHandle.to_cpu = lambda *_: contextlib.nullcontext()
 optim._unflatten_orig_param_states = copied
-model_checks.check_parallelism = lambda *_: None  # it needs GPUs
+model_checks.check_device = lambda *_: None  # it needs GPUs
 
 if __name__ == "__main__":
     main.entry()

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from train.model import CausalLM, build_model
-from train.model_checks import check_document_mask
-from train.settings import TrainSettings
+from chimera.train.settings import TrainSettings
+from chimera.train.step.model import CausalLM, build_model
+from chimera.train.step.model_checks import check_document_mask
 
 
 def without_a_gpu() -> None:

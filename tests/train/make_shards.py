@@ -5,11 +5,14 @@ import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from convert.shards import ShardFormat, index_bytes, write_shard
-from train.schedule import Phase, Plan, Stage, build_plan
+from chimera.manifest import Manifest, Stream, Tokenizer
+from chimera.mds import ShardFormat, index_bytes, write_shard
+from chimera.train.order.schedule import Phase, Plan, Stage, build_plan
+from tests.convert.small_tokenizer import EOS, PAD, spec
 
 BLOCK_LEN = 16
 
@@ -33,7 +36,7 @@ def make_shards(
     block_len: int = BLOCK_LEN,
 ) -> Path:
     """Write `{stream: blocks of each shard}` under `root`, as `convert/` lays them out; returns `root`."""
-    manifest: dict = {"block_len": block_len, "streams": {}}
+    described: dict[str, Stream] = {}
     for name, shards in streams.items():
         folder = root / name / "train"
         folder.mkdir(parents=True)
@@ -47,9 +50,26 @@ def make_shards(
             first += blocks
         data = index_bytes(entries)
         (folder / "index.json").write_bytes(data)
-        manifest["streams"][name] = {"train": {"blocks": first, "index": hashlib.sha256(data).hexdigest()}}
-    (root / "manifest.json").write_text(json.dumps(manifest))
+        described[name] = Stream.from_index(hashlib.sha256(data).hexdigest(), len(shards), first, block_len, "a test")
+    write_manifest(root, described, block_len, compression)
     return root
+
+
+def write_manifest(root: Path, streams: Mapping[str, Stream], block_len: int, compression: str | None = None) -> None:
+    """Write a manifest of these streams, and the small tokenizer as theirs."""
+    data = spec().encode()
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.json").write_bytes(data)
+    found = json.loads(data)
+    ids = {token["content"]: token["id"] for token in found["added_tokens"]}
+    size = max(found["model"]["vocab"].values()) + 1
+    about = {"digest": hashlib.sha256(data).hexdigest(), "vocab_size": size, "eos_token": EOS, "pad_token": PAD}
+    tokenizer = Tokenizer(**about, eos_id=ids[EOS], pad_id=ids[PAD])
+    shared: Any = {"block_len": block_len, "compression": compression, "hash": "xxh3_64"}
+    settings = {**shared, "shard_bytes": 1 << 25, "streams": dict.fromkeys(streams)}
+    known = dict(streams)
+    manifest = Manifest(format=1, dtype="uint16", tokenizer=tokenizer, streams=known, settings=settings, **shared)
+    (root / "manifest.json").write_bytes(manifest.as_bytes())
 
 
 def plan_for(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 
 from chimera.cli import UserError
+from chimera.commands import inspect_batch, plan
+from chimera.commands.train import main as train
 from tests.train.conftest import steps_of
-from train import inspect_batch, plan
-from train.main import main as train
 
 Overrides = Callable[..., list[str]]
 
@@ -62,6 +63,28 @@ def test_text_is_cut_at_sequences_and_documents(look: Callable[..., Any]) -> Non
     out = look("step=9", "--decode")
     assert out.startswith(f"step 9: phase knowledge, sequences of 64 tokens, 8 blocks, digest {seen['digest']}\n")
     assert out.count("── sequence") == 16
+
+
+def test_the_mask_shows_what_is_trained_on(look: Callable[..., Any]) -> None:
+    said = look("step=25", "--json", "--mask", "train_on=assistant")
+    every = look("step=25", "--json", "--mask")
+    plain = look("step=25", "--json", "--decode")
+    for one, other, bare in zip(said["blocks"], every["blocks"], plain["blocks"], strict=True):
+        for block in (one, other):  # brackets alone are new
+            texts = [[text.translate({ord("⟦"): "", ord("⟧"): ""}) for text in seq] for seq in block["text"]]
+            assert texts == bare["text"]
+        if one["stream"] == "it_instructions":
+            text = "".join(itertools.chain(*one["text"]))
+            assert "assistant\n⟦" in text
+            assert "<|im_end|>⟧<|endoftext|>" in text
+            assert "<|im_start|>" not in re.sub("[^⟦]*⟦([^⟧]*)⟧", r"\1", text.rpartition("⟧")[0] + "⟧")
+        else:
+            assert one["text"] == other["text"]
+        documents = [text for texts in other["text"] for text in texts if "tokens of padding" not in text]
+        assert all(text.index("⟦") > 0 and text.endswith("⟧") for text in documents if len(text) > 40)
+    out = look("step=25", "--mask")
+    assert "⟦" in out
+    assert "\x1b" not in out
 
 
 def test_shards_built_again_since_the_run_are_said(

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from chimera.cli import UserError
+from chimera.commands.plan import main
 from tests.train.make_shards import make_shards
-from train.plan import main
 
 CONFIG = """
 shards: {root}
@@ -40,7 +40,8 @@ def test_the_config_alone_tells_what_is_needed(config: str, capsys: pytest.Captu
     assert "no shards at" in err
     # 12 steps of 4 blocks, 12 of 8, 6 + 10 of 16
     assert (about["steps"], about["tokens"]) == (40, (12 * 4 + 12 * 8 + 16 * 16) * 16)
-    assert about["streams"]["chat"] == {"tokens": 112 * 16, "blocks": 112, "held": None, "passes": None}
+    chat = {"tokens": 112 * 16, "positions": 112 * 16, "padding": None, "blocks": 112, "held": None, "passes": None}
+    assert about["streams"]["chat"] == chat
     cuts = [
         (s["phase"], s["first_step"], s["last_step"], s["seq_len"], s["blocks_per_step"]) for s in about["segments"]
     ]
@@ -76,9 +77,9 @@ def test_with_shards_it_tells_passes_and_warns_past_the_limit(config: str, capsy
 @pytest.mark.usefixtures("shards")
 def test_the_table_shows_phases_stages_streams_and_time(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([config])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["knowledge", "12-23", "8", "16", "1.5k", "15", "s", "55.21%", "35.42%", "9.38%"] in lines
-    assert ["chat", "1.8k", "112", "15", "7.47"] in lines
+    lines = [line.replace(" %", "%").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["knowledge", "12–23", "8", "16", "1.54k", "15", "s", "55.21%", "35.42%", "9.38%"] in lines
+    assert ["chat", "1.79k", "112", "15", "7.47"] in lines
 
 
 def test_the_plot_is_a_picture(config: str, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_the_plot_is_a_picture(config: str, tmp_path: Path) -> None:
         (["phases.0.proportions.en=half"], "'half' is not a proportion"),
         (["curriculum.stages.0.seq_len=5"], "5 tokens do not divide blocks of 16; the nearest that do: 4 and 8"),
         (["phases=[{name: p, steps: 3, proportions: {enn: 1}}]"], "stream enn has no train index"),
-        (["curriculum.mode=fast"], "one of sequences, tokens"),
+        (["curriculum.mode=fast"], "is 'fast'; it must be sequences or tokens"),
         (["--plot", "/nowhere/plan.png"], "--plot /nowhere/plan.png"),
     ],
 )
@@ -115,7 +116,6 @@ def test_what_cannot_be_planned_is_one_line(config: str, overrides: list[str], m
             "eval={interval: 5, seq_lens: [5]}",
             "setting `eval.seq_lens`: sequences of 5 tokens do not divide blocks of 16",
         ),
-        ("cache_limit=much", "setting `cache_limit` is 'much': write bytes"),
         ("cache_limit=1gb", "setting `cache_limit` is given, but the shards at"),
     ],
 )
@@ -133,3 +133,24 @@ def test_a_batch_that_fills_no_whole_blocks_is_refused_with_the_next(config: str
     assert shards.is_dir()
     with pytest.raises(UserError, match=r"6 sequences of 4 tokens do not fill whole blocks of 16; .*: 4 or 8"):
         main([config, "global_train_batch_size=6"])
+
+
+def test_padding_that_moves_a_share_and_a_stream_that_never_comes_are_warned_of(
+    config: str, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chats' blocks are half padding: 0.1 / 2 of 0.95 in the first phase, 0.55 / 2 of 0.725 in the second."""
+    manifest = json.loads((shards / "manifest.json").read_text())
+    for name, tokens in {"en": 160 * 16, "it": 90 * 16, "chat": 15 * 8}.items():
+        manifest["streams"][name]["train"]["tokens"] = tokens
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    main([config, "--json", "max_passes=8"])
+    out, err = capsys.readouterr()
+    about = json.loads(out)
+    assert about["streams"]["chat"]["tokens"] == about["streams"]["chat"]["padding"] == 112 * 8
+    assert about["positions"] - about["tokens"] == about["padding"] == 112 * 8
+    assert [segment["padding"] for segment in about["segments"]] == [8 * n for n in (5, 9, 10, 88)]
+    assert sum(segment["tokens"] for segment in about["segments"]) == about["tokens"]
+    assert "warning: phase knowledge: chat is 10.00 % of the positions and 5.26 % of the tokens: 50.00 % of its" in err
+    assert "warning: phase alignment: chat is 55.00 % of the positions and 37.93 % of the tokens" in err
+    main([config, "phases.1.proportions={en: 0.449, it: 0.55, chat: 0.001}", "max_passes=8"])
+    assert "phase alignment: no block of chat comes, its proportion 0.001 of 160 blocks" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The commands, a page each: arguments, one call into the library, what it prints."""

@@ -1,0 +1,219 @@
+"""A build from its settings to its manifest: what is there already, the plan, the parts, their publication.
+
+Killed at any moment, the same command goes on: `plan.json` in the work folder says that a build has begun, the states
+of its parts how far it is, and the manifest in the output that it is whole.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from chimera.cli import UserError, say
+from chimera.convert.build import part_state
+from chimera.convert.build.dispatch import Dispatcher
+from chimera.convert.build.executor import Executor, LocalExecutor
+from chimera.convert.build.outputs import Output, open_output
+from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, text_bos
+from chimera.convert.build.publish import publish
+from chimera.convert.build.ray_executor import RayExecutor
+from chimera.convert.encode.encoding import Encoder
+from chimera.convert.encode.template import changed_templates
+from chimera.convert.read.sources import added_files, changed_files, gone_files
+from chimera.convert.settings import BuildSettings, differences, identity, running_settings
+from chimera.files import write_whole
+from chimera.manifest import Manifest, NotAManifest, Stream, parse_manifest
+from chimera.text import one_line
+
+
+def build(settings: BuildSettings, executor: Executor) -> Manifest:
+    """Plan, convert, publish, all under the lock of the output; returns its manifest.
+
+    Raises `UserError` for a mistake of the user's, `OSError` for the disk.
+    """
+    work, output = settings.work_folder, open_output(settings)
+    begun = (work / "plan.json").exists()  # with a tokenizer that was proven: to compare with it needs no proof
+    encoder = Encoder.from_settings(settings.tokenizer, "tokenizers" if begun else None)
+    if not settings.remote and not work.exists() and (whole := look(settings, work, output, encoder).whole):
+        return whole  # which needs no permission to write there
+    with output.lock() as alone, part_state.lock_of(work) as free:
+        if not (alone and free):
+            raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
+        try:
+            found = look(settings, work, output, encoder)
+            if found.whole:
+                if (work / "plan.json").exists():
+                    output.release_lease()
+                part_state.empty(work)
+                return found.whole
+            if begun and found.state is not State.RESUMING:
+                encoder = Encoder.from_settings(settings.tokenizer)
+            plan = begin(found, settings, work, output, encoder)
+        except BaseException:
+            if not (work / "plan.json").exists():
+                part_state.empty(work)  # nothing has begun
+            raise
+        output.acquire(work, settings.rebuild)
+        plan = cleared(plan, work, output)
+        with executor:
+            parts = Dispatcher(plan.streams, work, settings.stall_after).run(executor)
+        manifest = publish(plan, parts, work, output)
+        part_state.empty(work)
+    for name, stream in manifest.streams.items():
+        say(f"{name}: {summary(stream, settings.streams[name].max_tokens)}")
+    return manifest
+
+
+def executor_for(settings: BuildSettings) -> Executor:
+    """The executor that the settings name."""
+    if settings.engine == "ray":
+        return RayExecutor(settings, settings.work_folder)
+    return LocalExecutor(settings.worker_count, settings.work_folder)
+
+
+class State(Enum):
+    NEW = "nothing is there that this build may replace"
+    RESUMING = "the work folder holds this build, unfinished"
+    REPLACING = "what is there of other builds is removed first, as `rebuild` says"
+    FINISHED = "the output is this build, whole"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a build begins with: the manifest of its output and the plan in its work folder, where they matter."""
+
+    state: State
+    manifest: Manifest | None
+    plan: BuildPlan | None
+
+    @property
+    def whole(self) -> Manifest | None:
+        return self.manifest if self.state is State.FINISHED else None
+
+
+def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) -> Found:
+    """What the output and the work folder are to a build with these settings.
+
+    Raises `UserError` with the difference where they have other settings, another tokenizer (`encoder` has that of the
+    settings) or other files, unless `rebuild` lets them go.
+    """
+    manifest = manifest_of(output)
+    if manifest is not None:
+        changed = changes(manifest, settings, encoder)
+        if not changed:
+            say(f"{settings.output} is finished: nothing to do")
+            return Found(State.FINISHED, manifest, None)
+        if not settings.rebuild:
+            raise UserError(refusal(settings.output, changed))
+    plan = load_plan(work) if (work / "plan.json").exists() else None
+    if plan is not None:
+        changed = changes(plan, settings, encoder)
+        if changed and not settings.rebuild:
+            raise UserError(refusal(f"the unfinished build in {work}", changed))
+        if settings.rebuild:  # without it files that are gone are waited for, where they are not read yet
+            changed += [file for stream in plan.streams.values() for file in gone_files(stream.source.describe)]
+        if not changed and manifest is None:  # or another build was published since, in the place of this one
+            say(f"going on with the unfinished build in {work}")
+            return Found(State.RESUMING, None, plan)
+    return Found(State.REPLACING if settings.rebuild else State.NEW, manifest, plan)
+
+
+def begin(found: Found, settings: BuildSettings, work: Path, output: Output, encoder: Encoder) -> BuildPlan:
+    """The plan to go by, written to the work folder. Raises `UserError` where there is no room for a new build."""
+    if found.state is State.RESUMING:
+        assert found.plan is not None
+        plan = replace(found.plan, running=running_settings(settings))  # how it runs may change at any time
+        if plan != found.plan:
+            plan.write(work)
+        return plan
+    older = {*(found.manifest.streams if found.manifest else ())}
+    if found.plan:
+        older |= {*found.plan.streams, *found.plan.clearing}
+    plan = make_plan(settings, work, older, encoder)  # first: nothing is removed for sources that do not open
+    output.check_free(plan.clearing, settings.rebuild)
+    write_whole(work / "tokenizer.json", encoder.raw)
+    plan.write(work)
+    return plan
+
+
+def cleared(plan: BuildPlan, work: Path, output: Output) -> BuildPlan:
+    """The plan once what it replaces is removed. Until then it names those streams, for a rerun."""
+    if not plan.clearing:
+        return plan
+    output.clear(plan.clearing)
+    for parts in work.glob(f"{PARTS}*"):
+        for folder in [path for path in parts.glob("*/*") if path.is_dir()]:
+            for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
+                output.delete_shard(key)
+        shutil.rmtree(parts)
+    plan = replace(plan, clearing=[])
+    plan.write(work)
+    return plan
+
+
+def manifest_of(output: Output) -> Manifest | None:
+    """The output's manifest, or `None` before it is whole. Raises `UserError` for one of another program."""
+    data = output.read("manifest.json")
+    try:
+        return None if data is None else parse_manifest(data)
+    except NotAManifest:
+        raise UserError(
+            f"{output.name}/manifest.json was written by another version or program: choose another `output`"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{output.name}/manifest.json is damaged ({error}): bring it back, or remove that file"
+        ) from None
+
+
+def changes(old: Manifest | BuildPlan, settings: BuildSettings, encoder: Encoder) -> list[str]:
+    """How settings, tokenizer and local files differ from those of a plan or a manifest."""
+    found = differences(old.settings, identity(settings))
+    if old.tokenizer.digest != encoder.digest:
+        found.append(f"tokenizer: {old.tokenizer.digest[:12]} -> {encoder.digest[:12]}")
+    elif old.tokenizer.bos != (bos := text_bos(settings, encoder)):  # of builds before there was a choice: none
+        way = "" if old.tokenizer.bos else ", as `tokenizer.bos: never` has it"
+        found.append(f"what texts begin with: ids {old.tokenizer.bos}{way} -> {bos}")
+    if not found:
+        found += changed_templates(old.streams, settings)
+    for name, stream in old.streams.items():
+        describe = stream.source.describe
+        found += [f"the size of {file}" for file in changed_files(describe)]
+        if not found:
+            now = settings.streams[name].sources[stream.source.index]
+            found += [f"streams.{name} has {file} now" for file in added_files(describe, now, settings)]
+    return found
+
+
+def refusal(what: str, changed: list[str]) -> str:
+    """The sentence for an output that was built otherwise."""
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return (
+        f"{what} was built with other settings ({'; '.join(changed[:5])}{more}): choose another `output`, take the "
+        "change back, or set `rebuild=true` to replace it"
+    )
+
+
+def summary(stream: Stream, limit: int | None) -> str:
+    """What became of a stream's rows."""
+    rows, train = stream.rows, stream.train
+    dropped = [
+        f"{kind}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}"
+        for kind, counts in (("filtered", rows.filtered), ("rejected", rows.rejected))
+        if counts
+    ]
+    for says, counts in (
+        ("longer than a block", stream.too_long),
+        ("turns", stream.turns),
+        ("fields passed over", stream.ignored),
+    ):
+        if counts:
+            more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+            named = ", ".join(f"{count} {one_line(name)}" for name, count in [*counts.items()][:8])
+            dropped.append(f"{says}: {named}{more}")
+    reasons = f" ({'; '.join(dropped)})" if dropped else ""
+    short = f", all there are (max_tokens: {limit})" if limit and train.tokens < limit else ""
+    return (
+        f"{rows.documents} documents of {rows.read} rows{reasons}; to train on: {train.tokens} tokens in "
+        f"{train.blocks} blocks{short}"
+    )

@@ -1,0 +1,242 @@
+"""Which part runs next, until every stream has what it needs: limits, lost workers, stalled sources, progress.
+
+Without `max_tokens` all parts of a stream are wanted whole. With it a part is wanted only as far as the parts before
+it leave tokens: parts run ahead with what is certainly enough, and one that took too much is done anew with the
+exact number, so the result does not depend on who ran when.
+"""
+
+import time
+from pathlib import Path
+
+from chimera.cli import UserError, progress, say
+from chimera.convert.build import part_state
+from chimera.convert.build.executor import CRASHED, Event, Executor, Task
+from chimera.convert.build.part import Progress, begun, fits
+from chimera.convert.build.part_state import PartState
+from chimera.convert.build.plan import StreamPlan
+from chimera.text import amount
+
+LONGEST_WAIT = 10.0  # seconds: a signal that comes in the moment before a wait is heard after it
+MAX_LOSSES = 3  # times in a row one part may lose its worker without a commit in between
+
+
+class StreamRun:
+    """The state of one stream's parts. Once `finished`, `accepted` are those that make up the stream, in order."""
+
+    def __init__(self, plan: StreamPlan, work: Path) -> None:
+        self.plan, self._work = plan, work
+        self._budget = plan.settings.max_tokens
+        self.accepted: list[PartState] = []
+        self._tokens = 0  # of the train split in the accepted parts
+        self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
+        self._failed: dict[int, UserError] = {}  # parts ahead that failed, and may turn out not to be wanted
+        self._running: set[int] = set()
+        found = [self.committed(index) for index in range(len(plan.parts))]
+        self.bar = _Bar(plan, found)
+        self._done.update({index: state for index, state in enumerate(found) if state.done})
+        self._settle()
+
+    @property
+    def finished(self) -> bool:
+        return len(self.accepted) == len(self.plan.parts) or self._left == 0
+
+    @property
+    def _left(self) -> int | None:
+        """Train tokens the parts after the accepted ones may add; `None`: any number."""
+        return None if self._budget is None else max(0, self._budget - self._tokens)
+
+    def urgency(self) -> int | None:
+        """The priority of this stream's next part (0: the highest), or `None` when none is to be started.
+
+        A stream's first part is wanted for certain, and so are all where no limit is set; of a limited stream the
+        parts ahead may turn out to be too many, the more so the more of them run.
+        """
+        index = self._next()
+        if index is None:
+            return None
+        return 0 if index == len(self.accepted) else 1 if self._budget is None else 1 + len(self._running)
+
+    def next_task(self) -> Task:
+        """The next part, from now on running."""
+        index = self._next()
+        assert index is not None
+        self._running.add(index)
+        state = self.committed(index)
+        self.bar.at(index, state if fits(state, self._left) else PartState())  # what it goes on from
+        return Task(self.plan.name, index, self._left)
+
+    def committed(self, index: int) -> PartState:
+        """The state of a part at its last commit."""
+        return part_state.load(self.plan.part_folder(self._work, index))
+
+    def _next(self) -> int | None:
+        first = len(self.accepted)
+        wanted = range(first, 0 if self.finished else len(self.plan.parts))
+        taken = self._done.keys() | self._failed.keys() | self._running
+        return next((i for i in wanted if i not in taken), None)
+
+    def done(self, index: int) -> None:
+        self._running.discard(index)
+        self._done[index] = state = self.committed(index)
+        self.bar.at(index, state)
+        self._settle()
+
+    def failed(self, index: int, error: Exception) -> None:
+        """Raise what ended a part: at once or, in a part that ran ahead of a limit, when that part is wanted."""
+        if self._budget is None or not isinstance(error, UserError):
+            raise error
+        if index != len(self.accepted):
+            say(f"{self.plan.name}: part {index} failed, which counts only if the stream comes to it: {error}")
+        self._running.discard(index)
+        self._failed[index] = error
+        self._settle()
+
+    def lost(self, index: int) -> None:
+        self._running.discard(index)
+
+    def _settle(self) -> None:
+        """Accept ended parts in order, as far as they hold what is wanted of them.
+
+        Raises the `UserError` of the next part where that has failed.
+        """
+        while self._left != 0 and len(self.accepted) in self._done:
+            state = self._done.pop(len(self.accepted))
+            if not fits(state, self._left):
+                return  # to be done anew: `next_task` finds it missing
+            self.accepted.append(state)
+            self._tokens += state.splits["train"].tokens
+            self.bar.accept()
+        if not self.finished and (error := self._failed.get(len(self.accepted))):
+            raise error
+
+
+class Dispatcher:
+    """Runs the parts of all streams on an executor."""
+
+    def __init__(self, streams: dict[str, StreamPlan], work: Path, stall_after: float) -> None:
+        self.runs = {name: StreamRun(plan, work) for name, plan in streams.items()}
+        self._work, self._stall_after = work, stall_after
+        self._heard: dict[Task, float] = {}  # running tasks, when each last moved
+        self._losses: dict[tuple[str, int], tuple[int, PartState]] = {}  # in a row, at the same commit
+
+    def run(self, executor: Executor) -> dict[str, list[PartState]]:
+        """The states of each stream's parts once all are done.
+
+        Raises `UserError` when a source or the disk fails or a part loses its worker again and again.
+        """
+        try:
+            while True:
+                self._fill(executor)
+                if not self._heard:
+                    break
+                patience = min(self._heard.values()) + self._stall_after - time.monotonic()
+                for event in executor.wait(min(max(0.0, patience), LONGEST_WAIT)):
+                    if event.task in self._heard:
+                        self._handle(executor, event)
+                self._name_stalled()
+        finally:
+            for run in self.runs.values():
+                run.bar.close()
+        if unfinished := [name for name, run in self.runs.items() if not run.finished]:
+            raise RuntimeError(f"parts of {', '.join(unfinished)} were not run")
+        return {name: run.accepted for name, run in self.runs.items()}
+
+    def _fill(self, executor: Executor) -> None:
+        while len(self._heard) < executor.slots:
+            waiting = [(urgency, run) for run in self.runs.values() if (urgency := run.urgency()) is not None]
+            if not waiting:
+                return
+            task = min(waiting, key=lambda found: found[0])[1].next_task()
+            executor.start(task)
+            self._heard[task] = time.monotonic()
+
+    def _handle(self, executor: Executor, event: Event) -> None:
+        task, run = event.task, self.runs[event.task.stream]
+        if event.kind == "progress":
+            self._heard[task] = time.monotonic()
+            run.bar.moved(task.part, event.payload)
+            return
+        del self._heard[task]
+        if event.kind == "failed":
+            run.failed(task.part, event.payload)
+            return
+        if event.kind == "done":
+            run.done(task.part)
+            if run.finished:  # `max_tokens` is reached: parts that ran ahead are not needed
+                for ahead in [t for t in self._heard if t.stream == task.stream]:
+                    executor.cancel(ahead)
+                    del self._heard[ahead]
+            return
+        run.lost(task.part)
+        state = run.committed(task.part)
+        before, at = self._losses.get((task.stream, task.part), (0, state))
+        losses = before + 1 if state == at else 1
+        self._losses[task.stream, task.part] = losses, state
+        where = f"{task.stream}: the worker of part {task.part} ({run.plan.parts[task.part].spans[0].file}) is gone"
+        if losses == MAX_LOSSES:
+            remedy = "give it more memory or fewer `workers`"
+            if event.payload.startswith(CRASHED):
+                rows = begun(run.plan.part_folder(self._work, task.part))
+                remedy = f"it was at {rows}, or just behind: take what a library crashes on out of there, or {remedy}"
+            raise UserError(
+                f"{where}, {losses} times without a step ahead: {event.payload}: {remedy}, then run the same command "
+                "again; it goes on where it stopped"
+            )
+        say(f"{where}: {event.payload}; another goes on from its last shard")
+
+    def _name_stalled(self) -> None:
+        now = time.monotonic()
+        for task, heard in self._heard.items():
+            if now - heard >= self._stall_after:
+                file = self.runs[task.stream].plan.parts[task.part].spans[0].file
+                where = f"part {task.part} ({file})"
+                say(f"{task.stream}: stalled: no row from {where} for {self._stall_after:g} s; waiting")
+                self._heard[task] = now
+
+
+class _Bar:
+    """A stream's progress: tokens where their number is limited, else bytes of the source.
+
+    Of a limited stream's tokens those count that are certain to be wanted: of the accepted parts and the one after.
+    """
+
+    def __init__(self, plan: StreamPlan, states: list[PartState]) -> None:
+        self._sizes = [part.bytes for part in plan.parts]
+        self._budget = plan.settings.max_tokens
+        self._accepted = 0
+        self._tokens = [state.splits["train"].tokens for state in states]
+        self._bytes = [self._read(part, state) for part, state in enumerate(states)]
+        total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
+        self._bar = progress(total, unit, plan.name, initial=self._place())
+
+    def at(self, part: int, state: PartState) -> None:
+        """A part is where `state` says."""
+        self._tokens[part], self._bytes[part] = state.splits["train"].tokens, self._read(part, state)
+        self._show()
+
+    def moved(self, part: int, step: Progress) -> None:
+        self._tokens[part] += step.tokens
+        self._bytes[part] += step.bytes
+        if self._budget is None:  # a hub file's bytes are known to be done at its end only: show that it moves
+            self._bar.set_postfix_str(f"{amount(sum(self._tokens))} tokens", refresh=False)
+        self._show()
+
+    def accept(self) -> None:
+        """Count one more accepted part."""
+        self._accepted += 1
+        self._show()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _read(self, part: int, state: PartState) -> float:
+        """Bytes of a part; what rows did not account for (headers, other columns) counts at its end."""
+        return self._sizes[part] if state.done else state.bytes
+
+    def _place(self) -> float:
+        if self._budget is None:
+            return min(sum(self._bytes), sum(self._sizes))
+        return min(sum(self._tokens[: self._accepted + 1]), self._budget)
+
+    def _show(self) -> None:
+        self._bar.update(self._place() - self._bar.n)

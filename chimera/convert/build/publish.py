@@ -1,0 +1,198 @@
+"""Finished parts → the output: sums checked, shards first, each index after its shards, the manifest last of all.
+
+Every step can be done again, so a build killed while publishing goes on publishing.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import zstandard
+
+from chimera.cli import UserError
+from chimera.convert.build import part_state
+from chimera.convert.build.outputs import Output
+from chimera.convert.build.part_state import PartState, all_shard_keys, shard_keys
+from chimera.convert.build.plan import BuildPlan, StreamPlan
+from chimera.convert.build.proofs import proof
+from chimera.convert.read.sources import changed_files
+from chimera.manifest import Manifest, Rows, Split, Stream
+from chimera.mds import SPLITS, digest, file_of, index_bytes
+from chimera.proof_file import name_of
+
+
+def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output) -> Manifest:
+    """Bring everything to the output; returns the manifest."""
+    check_sources(plan)
+    proofs = {name: proof(plan, name, work) for name in parts}
+    manifest = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
+    check_sums(manifest)
+    check_streams(manifest)
+    _publish_shards(plan, parts, work, output)
+    for name, states in parts.items():
+        stream = plan.streams[name]
+        for index in range(len(states), len(stream.parts)):  # parts that ran ahead of `max_tokens`
+            for key in all_shard_keys(name, part_state.load(stream.part_folder(work, index))):
+                output.delete_shard(key)
+        for split in SPLITS:
+            entries = [entry for state in states for entry in state.splits[split].shards]
+            if entries:
+                output.write(f"{name}/{split}/index.json", index_bytes(entries))
+            output.remove_stale(f"{name}/{split}", [file_of(entry)["basename"] for entry in entries])
+        output.put(collect_rejects(stream, states, work), f"rejects/{name}.jsonl.zst")
+        output.write(name_of(name), proofs[name])
+    output.write("tokenizer/tokenizer.json", (work / "tokenizer.json").read_bytes())
+    output.check_lease()
+    output.write("manifest.json", manifest.as_bytes())
+    output.release_lease()
+    return manifest
+
+
+def _publish_shards(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output) -> None:
+    """Bring the shards to the output; a part one of whose shards was there and is no more is to be made again."""
+    lost: dict[Path, str] = {}
+    for name, states in parts.items():
+        for index, state in enumerate(states):
+            folder = plan.streams[name].part_folder(work, index)
+            for split in SPLITS:
+                for entry, key in zip(state.splits[split].shards, shard_keys(name, split, state), strict=True):
+                    if not output.publish_shard(folder / split / file_of(entry)["basename"], key, entry):
+                        lost[folder] = key
+    for folder in lost:
+        shutil.rmtree(folder)
+    if lost:
+        raise UserError(
+            f"{output.name}/{min(lost.values())} is missing, or damaged: run the same command again, which makes it "
+            "anew"
+        )
+
+
+def make_manifest(plan: BuildPlan, parts: dict[str, list[PartState]], proofs: dict[str, str]) -> Manifest:
+    """The manifest of the given parts, without anything that differs between two builds of the same output."""
+    settings = plan.build_settings
+    return Manifest(
+        format=1,
+        block_len=settings.block_len,
+        dtype=plan.dtype,
+        compression=settings.compression,
+        hash=settings.hash,
+        tokenizer=plan.tokenizer,
+        streams={
+            name: Stream(
+                format=settings.streams[name].format,
+                packing=settings.streams[name].packing,
+                source=plan.streams[name].source,
+                encoder=plan.streams[name].encoder,
+                proof=proofs.get(name),
+                template=plan.streams[name].template,
+                max_token_id=max((part.max_token_id for part in states), default=-1),
+                rows=Rows(
+                    read=sum(part.read for part in states),
+                    documents=sum(part.documents for part in states),
+                    filtered=_sum([part.filtered for part in states]),
+                    rejected=_sum([part.rejected for part in states]),
+                ),
+                **_counted(states),
+                train=_split("train", states),
+                eval=_split("eval", states),
+            )
+            for name, states in parts.items()
+        },
+        settings=plan.settings,
+    )
+
+
+def _split(split: str, parts: list[PartState]) -> Split:
+    states = [part.splits[split] for part in parts]
+    entries = [entry for state in states for entry in state.shards]
+    return Split(
+        documents=sum(state.documents for state in states),
+        tokens=sum(state.tokens for state in states),
+        padding=sum(state.padding for state in states),
+        blocks=sum(state.blocks for state in states),
+        shards=len(entries),
+        index=digest("sha256", index_bytes(entries)) if entries else None,
+    )
+
+
+def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
+    reasons = sorted({reason for count in counts for reason in count})
+    return {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
+
+
+def _counted(parts: list[PartState]) -> dict[str, dict[str, int]]:
+    """What the parts counted beside documents: shapes of conversations, fields passed over, what is too long."""
+    kinds = sorted({kind for part in parts for kind in part.counted})
+    summed = {kind: _sum([part.counted.get(kind, {}) for part in parts]) for kind in kinds}
+    for names in summed.values():  # which the data may bring
+        for name, count in Counter(names).most_common()[part_state.MOST_NAMES :]:
+            del names[name]
+            names[part_state.OTHER_NAMES] = names.get(part_state.OTHER_NAMES, 0) + count
+    return summed
+
+
+def check_sources(plan: BuildPlan) -> None:
+    """Refuse to publish what was read of a file while it grew or shrank: rows of it are missing, or one is cut."""
+    for name, stream in plan.streams.items():
+        describe = stream.source.describe
+        sizes = {file["path"]: file["bytes"] for file in describe.get("files", [])}
+        for file in changed_files(describe):
+            raise UserError(
+                f"streams.{name}: the size of {file} changed while it was read, so nothing is published: cut it back "
+                f"to {sizes[file]} bytes and run the same command again, or set `rebuild=true` once it is whole"
+            )
+
+
+def check_sums(manifest: Manifest) -> None:
+    """Every row accounted for, every token in a block; a difference is a defect, and nothing is published."""
+    for name, stream in manifest.streams.items():
+        more = stream.turns.get("each", 0)  # documents than rows
+        _equal(name, "rows", stream.rows.read + more, stream.rows.documents + stream.rows.dropped)
+        _equal(name, "documents", stream.rows.documents, stream.train.documents + stream.eval.documents)
+        for split, found in stream.splits.items():
+            _equal(name, f"{split} tokens", found.blocks * manifest.block_len, found.tokens + found.padding)
+
+
+def check_streams(manifest: Manifest) -> None:
+    """Refuse to publish a stream without a single document: its column or format is not that of its source."""
+    for name, stream in manifest.streams.items():
+        if not stream.train.documents:
+            kept = {"set aside by `eval_fraction`": stream.eval.documents} if stream.eval.documents else {}
+            found = {**kept, **stream.rows.filtered, **stream.rows.rejected}
+            counts = ", ".join(f"{n} {reason}" for reason, n in found.items())
+            raise UserError(
+                f"streams.{name}: no document for training in {stream.rows.read} rows ({counts or 'no row'}): fix its "
+                "`format`, `column` or `sources` and set `rebuild=true`"
+            )
+
+
+def _equal(stream: str, what: str, left: int, right: int) -> None:
+    if left != right:
+        raise RuntimeError(f"{stream}: the {what} do not add up: {left} against {right}: nothing was published")
+
+
+def collect_rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> Path:
+    """The reject file of a stream: those of its parts in order, lines counted from the start of their file."""
+    lines_before: dict[str, int] = {}  # physical lines of each file in the spans so far
+    collected = work / "rejects.jsonl.zst"
+    with open(collected, "wb") as out:
+        # With a checksum, so that damage is noticed: the manifest holds no hash of this file.
+        packed = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(out, closefd=False)
+        for index, state in enumerate(parts):
+            bases = []
+            for span, lines in zip(plan.parts[index].spans, state.lines, strict=False):
+                bases.append(lines_before.get(span.file, 0))
+                lines_before[span.file] = bases[-1] + lines
+            with open(plan.part_folder(work, index) / "rejects.jsonl", "rb") as file:
+                for line in file:
+                    place, _, text = line.partition(b" ")
+                    reject = json.loads(text)
+                    if "line" in reject:
+                        reject["line"] += bases[int(place)]
+                    packed.write(json.dumps(reject).encode() + b"\n")
+        packed.close()
+        out.flush()
+        os.fsync(out.fileno())  # under this name: the output takes it from here, whole
+    return collected

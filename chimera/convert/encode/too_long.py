@@ -1,0 +1,40 @@
+"""Which documents are packed: none of too few tokens; of conversations longer than a block as `too_long` says."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chimera.mds import Array
+
+if TYPE_CHECKING:
+    from chimera.convert.settings import StreamSettings
+
+Fitted = tuple[Array, Array | None, str | None]  # ids, mask, and what was done as it is longer than a block
+
+
+def fitted(
+    ids: Array, mask: Array | None, answers: Sequence[int], stream: "StreamSettings", room: int, bos: int
+) -> Fitted | str:
+    """A document as it is packed, or why it is not.
+
+    `ids` and `mask` are [length], with EOS at the end; a text's first `bos` are its BOS. `room` is a block's length.
+    """
+    if len(ids) - 1 - (bos if mask is None else 0) < stream.min_tokens:
+        return "too_few_tokens"
+    if mask is None or len(ids) <= room:
+        return ids, mask, None
+    end = shortened(len(ids), answers, mask, room) if stream.too_long == "turns" else None
+    if end is not None:
+        return np.append(ids[:end], ids[-1:]), np.append(mask[:end], False), stream.too_long
+    return "too_long" if stream.too_long != "cut" else (ids, mask, stream.too_long)
+
+
+def shortened(length: int, answers: Sequence[int], mask: Array, room: int) -> int | None:
+    """How many of a conversation's `length` ids to keep, so that with an EOS after them they are at most `room`.
+
+    `answers` are the ids before and with the end of each of its answers. `None` where no answer that is learned (`mask`
+    [length] bool) ends in time.
+    """
+    end = max((end for end in answers if end < room), default=0)
+    return end if length > room and mask[:end].any() else None

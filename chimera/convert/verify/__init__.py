@@ -1,0 +1,1 @@
+"""Is every byte, count and mask of a build as its manifest says?"""

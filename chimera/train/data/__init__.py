@@ -1,0 +1,1 @@
+"""The shards of a root, and the batches of each step."""

@@ -1,0 +1,169 @@
+"""A stream's `index.json`: its shards, their files and hashes, and how a record is laid out.
+
+Reads what `convert/` writes and what MDSWriter writes elsewhere (llm-foundry's token shards), as long as every
+record of a shard has the same length. Names found in an index never become paths unchecked.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chimera.cli import UserError
+from chimera.stores import is_remote
+from chimera.text import one_line
+from chimera.train.data.shards import fetch, read_manifest
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a shard: its name in the split's folder, bytes, and hex digests by algorithm."""
+
+    name: str
+    bytes: int
+    hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a record: its MDS encoding, and its bytes where every record has the same by declaration."""
+
+    name: str
+    encoding: str
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: `raw` is what is read, `zip` what is stored where it is compressed."""
+
+    blocks: int
+    raw: StoredFile
+    zip: StoredFile | None
+    compression: str | None
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True)
+class StreamIndex:
+    """One split of one stream."""
+
+    name: str
+    folder: str  # path or URL of the folder that holds index.json
+    fingerprint: str  # sha256 of index.json
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def shard_blocks(self) -> npt.NDArray[np.int64]:
+        """Blocks of each shard, [shards]."""
+        return np.array([shard.blocks for shard in self.shards], np.int64)
+
+    @property
+    def blocks(self) -> int:
+        return int(self.shard_blocks.sum())
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether blocks say which tokens the assistant said."""
+        return any(column.name == "assistant" for column in self.shards[0].columns)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy type of tokens as stored; `bytes` columns hold int64, as llm-foundry writes them."""
+        encoding = next(c.encoding for c in self.shards[0].columns if c.name == "tokens")
+        kind, _, rest = encoding.partition(":")
+        if kind == "bytes":
+            return np.dtype(np.int64)
+        if kind == "ndarray" and rest.partition(":")[0] in ("uint16", "uint32", "int32", "int64"):
+            return np.dtype(rest.partition(":")[0])
+        raise UserError(
+            f"stream {self.name} at {self.folder}: its column `tokens` is stored as `{encoding}`; readable are "
+            "ndarray of uint16, uint32, int32 or int64, and bytes of int64"
+        )
+
+
+def stream_names(root: str) -> set[str]:
+    """Streams at a local root; none at a remote one, which cannot be listed."""
+    folder = Path(root)
+    if is_remote(root) or not folder.is_dir():
+        return set()
+    return {p.name for p in folder.iterdir() if (p / "index.json").is_file() or (p / "train/index.json").is_file()}
+
+
+def open_indexes(root: str, cache: str, streams: Iterable[str]) -> dict[str, StreamIndex]:
+    """The train indexes of `streams`, checked against the root's manifest where it has one."""
+    found = read_manifest(root, cache)
+    digests = {name: stream.train.index for name, stream in found[0].streams.items()} if found else {}
+    return {name: read_index(root, name, cache, digest=digests.get(name)) for name in streams}
+
+
+def read_index(root: str, stream: str, cache: str, split: str = "train", digest: str | None = None) -> StreamIndex:
+    """The index of `ROOT/<stream>/<split>/`, or of `ROOT/<stream>/` where there are no splits (split `train`).
+
+    `digest` is its SHA-256 where a manifest names one. Raises `UserError` naming stream and place.
+    """
+    if not NAME.fullmatch(stream):
+        raise UserError(f"stream name {stream!r}: letters, digits, _ and - only")
+    path = None
+    for name in [f"{stream}/{split}", *([stream] if split == "train" else [])]:
+        folder = f"{root.rstrip('/')}/{name}"
+        path = fetch(root, f"{name}/index.json", cache)
+        if path is not None:
+            break
+    if path is None:
+        raise UserError(f"stream {stream} has no {split} index at {root}/{stream}: correct the name, or build it")
+    data = path.read_bytes()
+    fingerprint = hashlib.sha256(data).hexdigest()
+    if digest not in (None, fingerprint):
+        raise UserError(
+            f"{folder}/index.json is not the one the manifest of {root} names: the shards were changed since, or "
+            "are being built: wait for the build, or build them again"
+        )
+    try:
+        shards = tuple(_shard(entry) for entry in json.loads(data)["shards"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/index.json is no index of MDS shards: {one_line(repr(error))}") from None
+    if not sum(shard.blocks for shard in shards):
+        raise UserError(f"stream {stream} at {folder} has no blocks")
+    if not any(column.name == "tokens" for column in shards[0].columns):
+        names = ", ".join(column.name for column in shards[0].columns)
+        raise UserError(f"stream {stream} at {folder} has no column `tokens` (it has {names})")
+    if any(shard.columns != shards[0].columns for shard in shards):
+        raise UserError(f"stream {stream} at {folder}: its shards differ in their columns: build it again")
+    return StreamIndex(stream, folder, fingerprint, shards)
+
+
+def _shard(entry: dict[str, Any]) -> Shard:
+    """An entry of `shards` in an index; raises `ValueError` where it is none."""
+    if (entry["version"], entry["format"]) != (2, "mds"):
+        raise ValueError(f"version {entry['version']}, format {entry['format']!r}")
+    columns = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)
+    return Shard(
+        blocks=_count(entry["samples"]),
+        raw=_file(entry["raw_data"]),
+        zip=_file(entry["zip_data"]) if entry["zip_data"] else None,
+        compression=str(entry["compression"]).partition(":")[0] if entry["compression"] else None,
+        columns=tuple(Column(str(n), str(e), None if s is None else _count(s)) for n, e, s in columns),
+    )
+
+
+def _file(entry: dict[str, Any]) -> StoredFile:
+    if not FILE_NAME.fullmatch(entry["basename"]):
+        raise ValueError(f"file name {entry['basename']!r}")
+    return StoredFile(entry["basename"], _count(entry["bytes"]), {str(k): str(v) for k, v in entry["hashes"].items()})
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} where a count is expected")
+    return value

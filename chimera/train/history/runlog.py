@@ -1,0 +1,339 @@
+"""What a save folder says about its run: the files training leaves there, read into tables.
+
+Everything is derived from `config.json`, `steps.jsonl`, `metrics.jsonl`, `starts.jsonl` and the checkpoints' names,
+so it works while the run goes on, after it, and without its shards.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chimera.cli import UserError
+from chimera.config import load_settings, validated
+from chimera.stores import is_remote
+from chimera.text import one_line
+from chimera.train.order.run_plan import densities, plan_of
+from chimera.train.order.schedule import Plan
+from chimera.train.settings import TrainSettings
+
+CHECKPOINT = re.compile(r"ep\d+-ba(\d+)-rank\d+\.pt")
+EVAL_LOSS = re.compile(r"metrics/eval/(.+)/(\d+)/loss")
+SPEED = "throughput/tokens_per_sec"
+KINDS = {
+    "settings": dict,
+    "block_len": int,
+    "blocks": dict,
+    "tokens": dict,
+    "indexes": dict,
+    "versions": dict,
+}  # of config.json
+
+Floats = npt.NDArray[np.float64]
+Points = tuple[npt.NDArray[np.int64], Floats]  # steps, values
+
+
+@dataclass(frozen=True)
+class MixRow:
+    """One stream in one phase, over the steps done so far."""
+
+    phase: str
+    first_step: int
+    end_step: int
+    stream: str
+    planned: float  # share of the positions
+    realised: float | None  # None: no step of the phase is logged
+    of_tokens: float | None  # its share of the tokens, padding being none
+    worst: float | None  # blocks the stream was off its target at most, over all steps
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One segment of the plan: a phase at one sequence length."""
+
+    phase: str
+    seq_len: int
+    first_step: int
+    end_step: int
+    done: int  # steps logged
+    tokens: int  # of them
+    mean_loss: float | None  # over their trained tokens
+    last_loss: float | None  # the same of the last tenth of its steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its save folder records it; arrays have one row a step logged.
+
+    A branch logs from the step of the checkpoint it began with; what came before, its plan tells.
+    """
+
+    folder: Path
+    about: dict[str, Any]  # config.json
+    settings: TrainSettings
+    plan: Plan
+    steps: npt.NDArray[np.int64]
+    loss: Floats  # nan: the step had no token to train on
+    trained: npt.NDArray[np.int64]  # tokens that the loss is over
+    blocks: npt.NDArray[np.int64]  # [steps, streams of the plan]
+    stream_tokens: npt.NDArray[np.int64]  # [steps, streams of the plan], without padding
+    digests: list[str]
+    starts: list[dict[str, Any]]
+    evals: dict[tuple[str, int], Points]  # (stream, seq_len) → loss
+    speed: Points  # tokens a second
+    checkpoints: list[tuple[int, str, int]]  # step, name, bytes
+
+    @property
+    def done(self) -> int:
+        """Steps done: one past the last one logged."""
+        return int(self.steps[-1]) + 1 if len(self.steps) else 0
+
+    @property
+    def first(self) -> int:
+        """The first step logged."""
+        return int(self.steps[0]) if len(self.steps) else 0
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """Steps between the first and the last one logged that are not: lines of them were damaged or lost."""
+        return np.setdiff1d(np.arange(self.first, self.done), self.steps).tolist()
+
+    @property
+    def since(self) -> str:
+        """What is said of a count of steps logged: nothing, or where a branch's log begins."""
+        return f" from step {self.first} on" if self.first else ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, without padding; of the steps before the first one logged as many as are due."""
+        before = self._before(self.first) * self.plan.block_len * self._density()
+        return int(self.stream_tokens.sum()) + round(float(before.sum()))
+
+    @property
+    def positions(self) -> int:
+        """Places so far that held a token or padding."""
+        return int(self._seen().sum()) * self.plan.block_len
+
+    @property
+    def untrained(self) -> int:
+        """Steps logged that had no token to train on."""
+        return int(np.isnan(self.loss).sum())
+
+    def mean_loss(self, chosen: Any) -> float | None:
+        """Mean loss over the trained tokens of the steps `chosen` (an index of arrays); None without any."""
+        loss, weight = self.loss[chosen], self.trained[chosen]
+        there = ~np.isnan(loss)
+        return float(np.average(loss[there], weights=weight[there])) if weight[there].sum() else None
+
+    def _density(self) -> Floats:
+        """Of each stream of the plan, the share of its positions that hold a token, as the shards' manifest has it."""
+        held = densities(self.about.get("tokens", {}), self.about.get("blocks", {}), self.plan.block_len)
+        return np.array([float(held.get(name, 1)) for name in self.plan.streams])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all steps logged, a line each."""
+        return hashlib.sha256("".join(f"{digest}\n" for digest in self.digests).encode()).hexdigest()
+
+    def phase_spans(self) -> list[tuple[int, int]]:
+        """Of each phase: its first step and the one past its last."""
+        starts = [self.plan.phase_start(phase) for phase in range(len(self.plan.phases))]
+        return list(zip(starts, [*starts[1:], self.plan.steps], strict=True))
+
+    def shares(self, phase: int) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The mix since the phase began, after each of its steps done: steps [n], shares [n, streams]."""
+        here, seen = self._seen_in(phase)
+        return self.steps[here], seen / seen.sum(axis=1, keepdims=True)
+
+    def distances(self, phase: int) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Blocks each stream is away from its share since the phase began: steps [n], blocks [n, streams]."""
+        here, seen = self._seen_in(phase)
+        planned = np.array([float(self.plan.phases[phase].proportions.get(name, 0)) for name in self.plan.streams])
+        return self.steps[here], seen - planned * seen.sum(axis=1, keepdims=True)
+
+    def mix(self) -> list[MixRow]:
+        rows = []
+        for number, (phase, (first, end)) in enumerate(zip(self.plan.phases, self.phase_spans(), strict=True)):
+            steps, shares = self.shares(number)
+            _, away = self.distances(number)
+            real = self.stream_tokens[self._within(first, end)].sum(axis=0)
+            for index, stream in enumerate(self.plan.streams):
+                planned = float(phase.proportions.get(stream, 0))
+                realised, worst, of_tokens = None, None, None
+                if len(steps):
+                    realised, worst = float(shares[-1, index]), float(np.abs(away[:, index]).max())
+                    of_tokens = float(real[index] / max(1, real.sum()))
+                if planned or realised:
+                    rows.append(MixRow(phase.name, first, end, stream, planned, realised, of_tokens, worst))
+        return rows
+
+    def stages(self) -> list[StageRow]:
+        rows = []
+        for segment in self.plan.segments:
+            here = self._within(segment.first_step, segment.end_step)
+            steps = np.flatnonzero(here)
+            means = self.mean_loss(steps), self.mean_loss(steps[-max(1, len(steps) // 10) :])
+            rows.append(
+                StageRow(
+                    segment.phase_name,
+                    segment.seq_len,
+                    segment.first_step,
+                    segment.end_step,
+                    len(steps),
+                    int(self.stream_tokens[here].sum()),
+                    *means,
+                )
+            )
+        return rows
+
+    def passes(self) -> list[tuple[str, int, float, float]]:
+        """Of each stream: blocks stored, passes over them so far, and at the plan's end."""
+        needed = self.plan.blocks_before(self.plan.steps)
+        seen = self._seen()
+        rows = []
+        for index, stream in enumerate(self.plan.streams):
+            if stored := self.about.get("blocks", {}).get(stream):
+                rows.append((stream, stored, int(seen[index]) / stored, needed[stream] / stored))
+        return rows
+
+    def _seen(self) -> npt.NDArray[np.int64]:
+        """Blocks of each stream so far, those before the first step logged included."""
+        return self._before(self.first) + self.blocks.sum(axis=0)
+
+    def _seen_in(self, phase: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Which steps logged are the phase's, and the blocks of each stream since it began, after each of them."""
+        begin, end = self.phase_spans()[phase]
+        here = self._within(begin, end)
+        before = self._before(max(begin, min(self.first, end))) - self._before(begin)
+        return here, before + np.cumsum(self.blocks[here], axis=0)
+
+    def _before(self, step: int) -> npt.NDArray[np.int64]:
+        return np.array(list(self.plan.blocks_before(step).values()), np.int64)
+
+    def _within(self, first: int, end: int) -> npt.NDArray[np.bool_]:
+        return (self.steps >= first) & (self.steps < end)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a save folder; raises `UserError` where there is none that can be read."""
+    if is_remote(str(folder)):
+        raise UserError(
+            f"{folder} is not a local folder: the files the report reads lie on the machine of rank 0, in the folder "
+            "of runs/ that the run names at its end"
+        )
+    config = folder / "config.json"
+    try:
+        about, settings = read_config(config.read_bytes(), config)
+    except FileNotFoundError:
+        raise UserError(f"no run in {folder} (no config.json there): give the `save_folder` of a run") from None
+    with _as_written(config):
+        block_len = about["block_len"]
+        held = densities(about.get("tokens", {}), about.get("blocks", {}), block_len)
+        plan = plan_of(settings, block_len, held)
+
+    lines = _steps(folder / "steps.jsonl", plan)
+    metrics: list[dict[str, Any]] = [
+        {key: value for key, value in line.items() if _is(value, int | float)}
+        for line in _json_lines(folder / "metrics.jsonl", step=int)
+    ]
+    evals: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for line in metrics:
+        for key, value in line.items():
+            if match := EVAL_LOSS.fullmatch(key):
+                evals.setdefault((match[1], int(match[2])), []).append((line["step"], value))
+    # lines of before tokens were counted have positions alone
+    tokens = [[line.get("stream_tokens", line["streams"]).get(name, 0) for name in plan.streams] for line in lines]
+    blocks = [[line["streams"].get(name, 0) // block_len for name in plan.streams] for line in lines]
+    return Run(
+        folder=folder,
+        about=about,
+        settings=settings,
+        plan=plan,
+        steps=np.array([line["step"] for line in lines], np.int64),
+        loss=np.array([line["loss"] for line in lines], np.float64),  # null becomes nan
+        trained=np.array([line["trained"] for line in lines], np.int64),
+        blocks=np.array(blocks, np.int64).reshape(len(lines), len(plan.streams)),
+        stream_tokens=np.array(tokens, np.int64).reshape(len(lines), len(plan.streams)),
+        digests=[line["digest"] for line in lines],
+        starts=list(_json_lines(folder / "starts.jsonl", from_step=int, ranks=int)),
+        evals={key: _points(points) for key, points in sorted(evals.items())},
+        speed=_points([(line["step"], line[SPEED]) for line in metrics if SPEED in line]),
+        checkpoints=sorted(
+            (int(match[1]), path.name, path.stat().st_size)
+            for path in folder.iterdir()
+            if (match := CHECKPOINT.fullmatch(path.name))
+        ),
+    )
+
+
+def read_config(data: bytes, name: object, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], TrainSettings]:
+    """What a run's config.json says, and the settings in it, under `key=value` overrides.
+
+    Raises `UserError` that calls it `name` where train/main.py did not write it.
+    """
+    with _as_written(name):
+        about = json.loads(data)
+        for key, kind in KINDS.items():
+            if not _is(about.get(key, kind()), kind):  # those that an earlier version did not write are optional
+                raise TypeError(f"`{key}` is {about[key]!r}")
+        settings = validated(TrainSettings, about["settings"], f"{name} is of another version")
+    if overrides:
+        settings = load_settings(TrainSettings, str(name), overrides, about["settings"])
+    return about, settings
+
+
+@contextmanager
+def _as_written(name: object) -> Iterator[None]:
+    try:
+        yield
+    except (ArithmeticError, AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{name} is not one that train/main.py wrote: {one_line(repr(error))}") from None
+
+
+def _steps(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """The lines of steps.jsonl that say all of a step of the plan, each a later one's; damaged ones are left out."""
+    found: list[dict[str, Any]] = []
+    for line in _json_lines(path, step=int, loss=int | float | None, digest=str, streams=dict):
+        after = found[-1]["step"] if found else -1
+        counts = [line.get("trained", 0), *line["streams"].values(), *dict(line.get("stream_tokens", {})).values()]
+        sound = "loss" in line and all(_is(count, int) for count in counts)
+        line.setdefault("trained", sum(line["streams"].values()) if sound else 0)
+        if after < line["step"] < plan.steps and sound and (line["loss"] is None or math.isfinite(line["loss"])):
+            found.append(line)
+    return found
+
+
+def _points(points: list[tuple[int, float]]) -> Points:
+    return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
+
+
+def _json_lines(path: Path, **kinds: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file that have `kinds`' keys with values of these types.
+
+    Others are left out: what a running process has not finished writing, or what damage left.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict) and all(_is(value.get(key), kind) for key, kind in kinds.items()):
+                yield value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of `kind`; true and false are no numbers, nor is what no array holds."""
+    wide = isinstance(value, int) and abs(value) >= 1 << 63
+    return isinstance(value, kind) and not isinstance(value, bool) and not wide
