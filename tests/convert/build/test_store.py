@@ -126,13 +126,15 @@ def test_of_two_builders_that_begin_at_once_one_is_refused(
     sources: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both see that nobody has the lease before either takes it, on a server that honours conditional creates."""
-    both_looked = threading.Barrier(2)
+    both_looked, refused = threading.Barrier(2), threading.Event()
     looks: list[str] = []
 
     def meet(request: str) -> None:
         if request.startswith("GET") and "/builder.json" in request and len(looks) < 2:
             looks.append(request)
             both_looked.wait(120)
+        elif request.startswith("PUT") and "/builder.json" not in request:
+            refused.wait(120)  # nor does the one end before the other has had its answer
 
     refusals: list[str] = []
 
@@ -141,6 +143,7 @@ def test_of_two_builders_that_begin_at_once_one_is_refused(
             builds.build_here({**remote(sources, tmp_path), "work": str(tmp_path / name)})
         except UserError as error:
             refusals.append(str(error))
+            refused.set()
 
     worker_store.cache_clear()
     with S3Server(tmp_path / "s3", seaweed=True) as server:
