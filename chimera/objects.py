@@ -13,7 +13,7 @@ from chimera.cli import UserError
 from chimera.files import open_whole
 from chimera.objects_client import Client, Entry
 from chimera.retries import ATTEMPTS
-from chimera.stores import ADDRESSES, UNTIDY, StoreError, attempt, is_remote
+from chimera.stores import ADDRESSES, UNTIDY, StoreError, attempt, is_remote, status_of
 
 SECONDS = 60.0  # without an answer
 
@@ -85,7 +85,13 @@ class Objects:
 
         def act() -> None:
             self._client.write(self._path(key), source)
-            if not _same(self._client.read(self._path(key)), source):
+            try:
+                kept = _same(self._client.read(self._path(key)), source)
+            except Exception as error:
+                if status_of(error) != 404:
+                    raise
+                raise OSError("the store does not hold what it was sent") from None
+            if not kept:
                 raise OSError("the store gave back other bytes than it was sent")
 
         self._try("upload", key, act)

@@ -30,6 +30,7 @@ ADDRESSES = (
     "sftp://USER@HOST/PATH"
 )
 STATUS = re.compile(r"(?<=non-2xx status code: )(\d{3})")  # obstore's word for an answer
+EXPIRED = re.compile(r"<Code>(ExpiredToken|TokenRefreshRequired)</Code>")  # Amazon's words for temporary credentials
 REASON = re.compile(r'(?:message|error): "([^"\\]+)"')  # of a failed connection, innermost last: obstore's again
 
 Result = TypeVar("Result")
@@ -105,6 +106,8 @@ def is_transient(error: BaseException) -> bool:
     if type(error).__name__ in ("NotSupportedError", "InvalidPathError", "UnknownConfigurationKeyError"):
         return False  # obstore's
     status = status_of(error)
+    if status in (400, 403) and EXPIRED.search(str(error)):
+        return True  # whoever renews the credentials may have done so: the next attempt reads them again
     return status is None or status in (408, 425, 429) or not 300 <= status < 500
 
 

@@ -5,6 +5,9 @@ import http.client
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
+
+from tests.convert.faults import EXPIRED, Faults, drip, reset
 from tests.convert.loopback import LoopbackHandler, LoopbackServer
 from tests.convert.rclone import RcloneServer
 from tests.convert.seaweed import SeaweedServer
@@ -23,6 +26,7 @@ class S3Server(LoopbackServer):
         self.root, self.tls = root, tls
         (root / "bucket").mkdir(parents=True)
         self.before: Callable[[str], None] = lambda _: None  # called with each request before it is passed on
+        self.faults: Faults | None = None
         self.errors = 0  # 503 answers still to give
         self.given = 0
         self.requests: list[str] = []
@@ -40,6 +44,14 @@ class S3Server(LoopbackServer):
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
+
+    def tear(self, path: str) -> None:
+        """Keep half of the object at /BUCKET/KEY, unseen by the proxy."""
+        bucket, _, key = path.lstrip("/").partition("/")
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self._real.port}", region_name="us-east-1",
+                              aws_access_key_id=KEY, aws_secret_access_key=SECRET)  # fmt: skip
+        whole = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        client.put_object(Bucket=bucket, Key=key, Body=whole[: len(whole) // 2])
 
     def start(self) -> None:
         self._real.start()
@@ -67,6 +79,17 @@ class _Proxy(LoopbackHandler):
             server.errors -= 1
             server.given += 1
             return self._answer(503, [("Content-Type", "text/plain")], b"busy")
+        fault = server.faults.draw(self) if server.faults else None
+        if fault == "busy":
+            return self._answer(503, [], b"")
+        if fault == "expired":
+            return self._answer(400, [("Content-Type", "application/xml")], EXPIRED)
+        if fault == "stale":
+            return self._answer(404, [], b"")
+        if fault == "dropped":
+            return self._answer(200, [("ETag", '"0"')], b"")
+        if fault == "reset":
+            return self._reset()
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("expect", "connection")}
         try:
             upstream = http.client.HTTPConnection("127.0.0.1", server._real.port, timeout=30)
@@ -78,7 +101,11 @@ class _Proxy(LoopbackHandler):
             data = answer.read()
         except (OSError, http.client.HTTPException):
             return self._answer(502, [], b"down")
-        return self._answer(answer.status, answer.getheaders(), data)
+        if fault == "torn":
+            server.tear(self.path)
+        if fault == "lost":
+            return self._reset()
+        return self._answer(answer.status, answer.getheaders(), data, fault)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _forward
 
@@ -94,7 +121,12 @@ class _Proxy(LoopbackHandler):
                     return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def _reset(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        reset(self.connection)
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, fault: str | None = None) -> None:
         self.send_response_only(status)
         for key, value in headers:
             if key.lower() not in ("transfer-encoding", "connection", "content-length") or (
@@ -104,5 +136,12 @@ class _Proxy(LoopbackHandler):
         if self.command != "HEAD":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if fault == "slow":
+            drip(self.wfile, body)
+        elif fault == "cut":
+            self.wfile.write(body[: len(body) // 2])
+            self._reset()
+        else:
             self.wfile.write(body)

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from chimera import retries
 from chimera.cli import UserError
 from chimera.convert.build.store import worker_store
 from chimera.objects import Objects
 from chimera.objects_obstore import ObstoreClient
 from tests.convert import builds
+from tests.convert.faults import Faults, build_among
 from tests.convert.s3_server import S3Server
 from tests.convert.sftp_server import SftpServer
 
@@ -90,21 +93,13 @@ def test_a_wrong_key_is_told_as_such(
     assert not objects(s3)
 
 
-def test_an_object_that_comes_back_damaged_is_sent_again(
+def test_a_store_that_fails_in_every_way_ends_in_the_same_bytes(
     sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ObstoreClient.read
-    damaged: list[str] = []
-
-    def damage(self: ObstoreClient, path: str, *ends: Any) -> Any:
-        if "columns/train/shard" in path and not damaged:
-            damaged.append(path)
-            (s3.root / "bucket" / path).write_bytes(b"torn")
-        return real(self, path, *ends)
-
-    monkeypatch.setattr(ObstoreClient, "read", damage)
-    builds.build_here(remote(sources, tmp_path))
-    assert damaged
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=lambda _: None))
+    faults = Faults(random.Random(1), 3)
+    build_among(faults, s3, remote(sources, tmp_path))
+    assert all(faults.seen.values()), faults.seen
     assert objects(s3) == wanted
 
 
