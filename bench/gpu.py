@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
-from bench.wheels import collect, install  # noqa: E402
-from chimera.text import table as aligned  # noqa: E402
+from bench.wheels import collect, install
+from chimera.text import table as aligned
 
 Row = dict[str, Any]  # name, result, seconds, figures
 

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # so imports of the project come after it
 
-from tests.convert.hub_server import HubServer  # noqa: E402
+from tests.convert.hub_server import HubServer
 
 SET = "bench/set"
 CARD = b"---\nconfigs:\n- config_name: default\n  data_files: data.parquet\n---\n"

@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # so imports of the project come after it
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from chimera.mds import ShardFormat, index_bytes, write_shard  # noqa: E402
-from chimera.train.order.schedule import Phase, Plan, Stage, build_plan  # noqa: E402
+from chimera.mds import ShardFormat, index_bytes, write_shard
+from chimera.train.order.schedule import Phase, Plan, Stage, build_plan
 
 BLOCK_LEN, BATCH = 1024, 16
 STREAMS = {"en": Fraction(55, 100), "it": Fraction(35, 100), "chat": Fraction(10, 100)}

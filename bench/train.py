@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
-from chimera.text import percent, table  # noqa: E402
+from chimera.text import percent, table
 
 WARM_UP = 10  # steps
 

@@ -27,8 +27,13 @@ class UserError(Exception):
     """Something only the user can fix; the message says what is wrong, where, and the remedy."""
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # these may name no file
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, *FULL)
+# What the system says of files and disks that a user can fix; the first two kinds may name no file.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BROKEN = (errno.EIO, errno.ESTALE, errno.EROFS)  # the disk, or the server that it is on
+REFUSED = (
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE,
+    errno.ENFILE, errno.ENOLCK, *BROKEN, *FULL,
+)  # fmt: skip
 
 
 def fail(message: str) -> NoReturn:
@@ -66,7 +71,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         # `… | head`: the reader has had enough of our results, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in REFUSED or (error.filename is None and error.errno not in FULL):
+        if error.errno not in REFUSED or (error.filename is None and error.errno not in (*BROKEN, *FULL)):
             raise
         fail(f"{error.filename or 'what was being written'}: {error.strerror}: give another place, or fix this one")
     raise SystemExit(code or 0)

@@ -84,18 +84,22 @@ def lock_file(path: Path, wait: bool) -> Iterator[bool]:
     With `wait` it is ours once they are done, unless they removed the file: then others may hold one made since.
     """
     with open(path, "a") as file:
-        yield try_lock(file.fileno(), wait) and _is_at(path, file.fileno())
+        yield try_lock(file.fileno(), path, wait) and _is_at(path, file.fileno())
 
 
-def try_lock(descriptor: int, wait: bool = False) -> bool:
+def try_lock(descriptor: int, path: Path, wait: bool = False) -> bool:
     """Lock an open file or folder until it is closed; False where another process holds it and we do not `wait`.
 
-    Raises `OSError` on a file system without locks.
+    Raises `OSError` that names `path` on a file system without locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise OSError(errno.ENOLCK, "the file system has no locks", str(path)) from None
     return True
 
 

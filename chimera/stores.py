@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
-from chimera.cli import FULL, REFUSED, UserError
+from chimera.cli import REFUSED, UserError
 from chimera.retries import Retries
 from chimera.text import counted, one_line
 
@@ -86,7 +86,7 @@ def attempt(what: str, act: Callable[[], Result], attempts: int, again: Callable
         try:
             return act()
         except Exception as error:  # every client has its own kinds
-            if isinstance(error, OSError) and error.errno in (*REFUSED, *FULL) and error.filename is not None:
+            if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
                 raise  # this machine's own
             said = _words(error)
             if status_of(error) == 404:

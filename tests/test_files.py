@@ -1,5 +1,6 @@
 """Whole files and locks, between real processes that are killed."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -166,10 +167,10 @@ for _ in range(1000):
 
 def test_a_folder_can_be_locked_too(tmp_path: Path) -> None:
     ours, other = os.open(tmp_path, os.O_RDONLY), os.open(tmp_path, os.O_RDONLY)
-    assert try_lock(ours)
-    assert not try_lock(other)
+    assert try_lock(ours, tmp_path)
+    assert not try_lock(other, tmp_path)
     os.close(ours)
-    assert try_lock(other)
+    assert try_lock(other, tmp_path)
     os.close(other)
 
 
@@ -188,3 +189,15 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_not_held(tmp_path: Path, mon
     monkeypatch.undo()
     with lock_file(path, wait=False) as held:
         assert held
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:  # what such a mount of NFS answers
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(OSError, match=r"the file system has no locks: .*/lock'"),
+        lock_file(tmp_path / "lock", wait=True),
+    ):
+        pass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chimera.commands.export_hf import entry  # noqa: E402
+from chimera.commands.export_hf import entry
 
 if __name__ == "__main__":
     entry()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chimera.commands.plan import entry  # noqa: E402
+from chimera.commands.plan import entry
 
 if __name__ == "__main__":
     entry()

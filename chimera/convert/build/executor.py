@@ -18,7 +18,7 @@ from multiprocessing import connection, get_context, parent_process, resource_tr
 from pathlib import Path
 from typing import Any
 
-from chimera.cli import UserError
+from chimera.cli import FULL, REFUSED, UserError
 from chimera.convert.build.part import Progress, Report, run_part
 from chimera.convert.settings import cores
 
@@ -94,10 +94,7 @@ def failure(error: BaseException, work: Path) -> Exception:
     return RuntimeError("a worker failed:\n" + "".join(traceback.format_exception(error)))
 
 
-_FIXABLE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTEMPTY, errno.EFBIG, errno.EMFILE, errno.ENFILE,
-)  # fmt: skip
+_FIXABLE = (*REFUSED, errno.EEXIST, errno.ENOENT, errno.ENOTEMPTY)  # of the folders that a build has made
 
 
 def disk_trouble(error: OSError, where: Path) -> UserError | None:
@@ -106,7 +103,7 @@ def disk_trouble(error: OSError, where: Path) -> UserError | None:
         return None
     if error.errno in (errno.EMFILE, errno.ENFILE):
         wrong = "too many open files: raise `ulimit -n` or lower `workers`"
-    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif error.errno in FULL:
         wrong = f"no space left for {error.filename or where}: free some"
     else:
         wrong = f"{error.filename or where}: {error.strerror}: fix it"

@@ -100,7 +100,7 @@ class FolderOutput:
         folder = os.open(self._root, os.O_RDONLY)
         alone = True
         with contextlib.suppress(OSError):  # a file system without locks on folders (NFS): the work folder's must do
-            alone = try_lock(folder)
+            alone = try_lock(folder, self._root)
         try:
             yield alone
         finally:

@@ -176,7 +176,7 @@ def lock_folder(folder: Path, patience: float = 60) -> Any:
     except OSError as error:
         raise UserError(f"save_folder {folder} cannot be written to: {error.strerror}") from None
     deadline, said = time.monotonic() + patience, False
-    while not try_lock(file.fileno()):
+    while not try_lock(file.fileno(), folder):
         file.seek(0)
         holder = file.read().strip() or "?"
         if time.monotonic() > deadline:

@@ -1,6 +1,7 @@
 """Builds from a store into a store that fails in every way a proxy can think of: the bytes of an undisturbed build."""
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
@@ -17,6 +18,7 @@ from chimera.objects import Objects
 from tests.convert import builds
 from tests.convert.faults import KINDS, Faults, build_among
 from tests.convert.s3_server import S3Server
+from tests.faulty_disk import compiled, environment
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,35 @@ def test_chaos_a_store_that_fails_in_every_way(server: S3Server, wanted: dict[st
         seen.update(faults.seen)
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(seen.items()))
     print(f"\nS3: {seen.total()} faults ({counts}) over 60 builds, {len(stops)} stops: each ended byte-identical")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_chaos_a_disk_that_fails_at_any_call(tmp_path: Path) -> None:
+    """Each build among faults ends well or in one line with nothing published; the next one ends byte-identical."""
+    library, rng = compiled(tmp_path), random.Random(5)
+    builds.write_sources(tmp_path / "raw")
+    assert builds.run(builds.config(tmp_path / "raw", tmp_path / "out"), tmp_path)[0] == 0
+    wanted = builds.tree(tmp_path / "out")
+    lines = whole = failed = 0
+    for n in range(100):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        settings = builds.config(tmp_path / "raw", folder / "out", workers=1)
+        root = rng.choice([folder / "out", tmp_path / "raw"])
+        code, said = builds.run(settings, folder, **environment(library, root, rng))
+        failed += root.with_name(f"{root.name}.faults").exists()
+        root.with_name(f"{root.name}.faults").unlink(missing_ok=True)
+        assert "Traceback" not in said, said
+        if code == 0:
+            whole += 1
+            assert builds.tree(folder / "out") == wanted
+        else:
+            lines += 1
+            assert code == 2, said
+            assert not (folder / "out" / "manifest.json").exists(), said
+        code, said = builds.run(settings, folder)
+        assert code == 0, said
+        assert builds.tree(folder / "out") == wanted
+        shutil.rmtree(folder)
+    print(f"\ndisk: {failed} builds of 100 met a fault, {lines} ended in a line, {whole} went on: all byte-identical")
