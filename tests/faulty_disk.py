@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "ESTALE", "EMFILE")
-CALLS = ("open", "read", "write", "fsync", "rename unlink mkdir truncate")
+# The kinds of calls, and what the system may answer to each.
+ERRORS = {
+    "open": ("EIO", "EACCES", "EROFS", "ESTALE", "EMFILE", "ENOSPC"),
+    "read": ("EIO", "ESTALE"),
+    "write truncate": ("EIO", "ENOSPC", "EDQUOT", "ESTALE"),
+    "fsync": ("EIO", "ENOSPC", "EDQUOT"),
+    "rename unlink mkdir": ("EIO", "EACCES", "EROFS", "ENOSPC", "ESTALE"),
+}
 
 
 def compiled(folder: Path) -> Path:
@@ -24,11 +30,12 @@ def compiled(folder: Path) -> Path:
 
 def environment(library: Path, root: Path, rng: random.Random) -> dict[str, str]:
     """Variables by which the n-th call of one kind on files below `root` fails, once in a process or from then on."""
+    calls = rng.choice([*ERRORS])
     return {
         "LD_PRELOAD": str(library),
         "FAULT_ROOT": str(root),
-        "FAULT_CALLS": rng.choice(CALLS),
-        "FAULT_ERRNO": str(getattr(errno, rng.choice(ERRORS))),
+        "FAULT_CALLS": calls,
+        "FAULT_ERRNO": str(getattr(errno, rng.choice(ERRORS[calls]))),
         "FAULT_AT": str(int(2 ** rng.uniform(0, 9))),
         "FAULT_LOG": f"{root}.faults",
         **({"FAULT_ALWAYS": "1"} if rng.random() < 0.5 else {}),

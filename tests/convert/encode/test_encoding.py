@@ -110,6 +110,16 @@ def unigram() -> dict[str, Any]:
     }
 
 
+# On both of these `tokenizers` panics: where it loads the file, and at the first text.
+NO_MAP = {"type": "Precompiled", "precompiled_charsmap": ""}
+NO_TOKEN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {},
+}
+
+
 @pytest.mark.parametrize(
     ("raw", "eos", "pad", "message"),
     [
