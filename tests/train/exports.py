@@ -13,6 +13,7 @@ from chimera.train.data.state import make_state
 from chimera.train.order.schedule import Phase, Stage, build_plan
 from chimera.train.run.callbacks import About
 from chimera.train.settings import TrainSettings
+from chimera.train.step.base import base_files
 from chimera.train.step.model import build_model
 from tests.convert.small_tokenizer import spec
 
@@ -97,3 +98,25 @@ def checkpoint_of(
     }
     torch.save({"state": state}, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"
+
+
+def check_card(base: Path, out: Path) -> list[str]:
+    """Assert that an export's card names whatever differs from its base's files; returns the run's changes on it."""
+    text = (out / "README.md").read_text()
+    changes, _, files = text.partition("\nOf its files these say more than the base's, or something else:\n")
+    told = {line.split("`")[1]: line for line in files.splitlines() if line.startswith("- ")}
+    kept = base_files(str(base))
+    made = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    made = {name: data for name, data in made.items() if "safetensors" not in name and name != "README.md"}
+    differing = {name for name in kept.keys() | made.keys() if kept.get(name) != made.get(name)}
+    assert told.keys() <= differing
+    for name in differing:
+        pair = [kept.get(name), made.get(name)]
+        was, now = (json.loads(data) if data and name.endswith(".json") else None for data in pair)
+        if was is None or now is None:
+            assert name in told, name
+            continue
+        keys = {key for key in was.keys() | now.keys() if key not in was or key not in now or was[key] != now[key]}
+        assert all(f"`{key}`" in told[name] for key in keys), (name, keys, told.get(name))
+        assert keys or name not in told, name
+    return [line.removeprefix("- ") for line in changes.splitlines() if line.startswith("- ")]

@@ -9,7 +9,12 @@ from chimera.train.export.trained import CHATML, Trained, trained_ends
 
 
 def card(
-    about: Mapping[str, Any], state: Mapping[str, Any], trained: Trained, changes: Sequence[str], tokenizer: Any
+    about: Mapping[str, Any],
+    state: Mapping[str, Any],
+    trained: Trained,
+    changes: Sequence[str],
+    differing: Sequence[str],
+    tokenizer: Any,
 ) -> str:
     """A model card with what the weights have seen, from the checkpoint's own counts.
 
@@ -17,7 +22,8 @@ def card(
         about: what the checkpoint keeps of its run.
         state: of the checkpoint.
         trained: the template of the chats.
-        changes: what differs from the base, if there is one.
+        changes: what of the base, if there is one, the run changed.
+        differing: the files that differ from the base's, and in what.
         tokenizer: of the export, as a user loads it.
     """
     consumed = state["dataset_state"]["train"]["consumed"]
@@ -44,7 +50,7 @@ def card(
             *rows,
             "",
             _spoken_to(about, trained, [name for name, blocks in consumed.items() if blocks]),
-            *_base(about, changes, tokenizer),
+            *_base(about, changes, differing, tokenizer),
             "",
         ]
     )
@@ -64,7 +70,7 @@ def _spoken_to(about: Mapping[str, Any], trained: Trained, streams: Sequence[str
     return said + (f" Those of {markdown(' and '.join(others))} had another template." if others else "")
 
 
-def _base(about: Mapping[str, Any], changes: Sequence[str], tokenizer: Any) -> list[str]:
+def _base(about: Mapping[str, Any], changes: Sequence[str], differing: Sequence[str], tokenizer: Any) -> list[str]:
     base = about.get("base")
     if not base:
         return []
@@ -80,6 +86,8 @@ def _base(about: Mapping[str, Any], changes: Sequence[str], tokenizer: Any) -> l
             if around != trained and None in about.get("templates", {"": None}).values()  # there are texts
             else []
         ),
+        *(["", "Of its files these say more than the base's, or something else:", ""] if differing else []),
+        *(f"- {difference}" for difference in differing),
     ]
 
 

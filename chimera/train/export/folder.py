@@ -15,6 +15,7 @@ from chimera.cli import UserError
 from chimera.text import markdown
 from chimera.train.data.state import check_weights
 from chimera.train.export.card import card
+from chimera.train.export.differences import differences
 from chimera.train.export.proof import check_texts, prove
 from chimera.train.export.tokenizer import CONFIG, GENERATION, of_no_class, spoken
 from chimera.train.export.trained import trained_template
@@ -61,7 +62,9 @@ def export(checkpoint: Path, out: Path, dtype: str = "auto", shard: str = SHARD,
             (folder / name).write_bytes(data)
         changes = [*words.changes, *settle_class(folder, about), *changes]
         tokenizer = prove(model, folder, about, trained, longest_trained(seen))
-        (folder / "README.md").write_text(card(about, state, trained, changes, tokenizer), encoding="utf-8")
+        differing = differences(about["base"]["files"], folder) if about.get("base") else []
+        said = card(about, state, trained, changes, differing, tokenizer)
+        (folder / "README.md").write_text(said, encoding="utf-8")
         readable(folder)
         if out.exists():
             out.rmdir()  # an empty one: the command has looked

@@ -15,7 +15,7 @@ from chimera.cli import UserError
 from chimera.train.export.folder import export
 from chimera.train.export.proof import check_texts
 from tests.convert.small_tokenizer import spec
-from tests.train.exports import HEADERS, SIZES, with_special, write_base, write_checkpoint
+from tests.train.exports import HEADERS, SIZES, check_card, with_special, write_base, write_checkpoint
 
 CHAT = [{"role": "user", "content": "Ciao?"}]
 DEFAULT_SYSTEM = (
@@ -56,7 +56,10 @@ def test_a_base_without_changes_keeps_its_files_byte_by_byte(tmp_path: Path) -> 
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(out)("Il gatto dorme").input_ids == [ids["<s>"], *sample]
     assert "It goes on from `base`" in card(out)
+    assert check_card(base, out) == []
     assert "but for" not in card(out)
+    assert "- `chat_template.jinja`: added" in card(out)
+    assert "- `config.json`: added `" in card(out)
     assert "Its tokenizer puts `<s>` around a text; the texts it went on with had none." in card(out)
     assert "trained on texts alone" in card(out)
 
@@ -77,7 +80,7 @@ def test_a_template_is_the_bases_unless_chats_were_trained_in_another(
     tokenizer = AutoTokenizer.from_pretrained(out)
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nCiao?<|im_end|>\n<|im_start|>assistant\n"
-    assert ("- the chat template: ChatML, as was trained" in card(out)) != kept
+    assert ("the chat template: ChatML, as was trained" in check_card(base, out)) != kept
     found = json.loads((out / "tokenizer_config.json").read_text())
     assert found["chat_template"] == (out / "chat_template.jinja").read_text() == (template if kept else CHAT_TEMPLATE)
     assert (found["eos_token"], found["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
@@ -104,6 +107,7 @@ def test_a_template_stands_where_older_readers_look_too(tmp_path: Path) -> None:
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == CHATML_LINES
     assert (out / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
     assert "- tokenizer_config.json: it also holds the chat template" in card(out)
+    check_card(base, out)
 
 
 def test_a_grown_vocabulary_is_named_and_the_bases_bos_kept(tmp_path: Path) -> None:
@@ -118,6 +122,7 @@ def test_a_grown_vocabulary_is_named_and_the_bases_bos_kept(tmp_path: Path) -> N
     ids = AutoTokenizer.from_pretrained(out)("<new>").input_ids
     assert ids == [more["id"] - 1, more["id"]]
     assert "- the vocabulary: 1 token more (`<new>`)" in card(out)
+    check_card(base, out)
 
 
 def test_from_nothing_a_text_has_no_bos_and_a_template_only_if_chats_were_trained(tmp_path: Path) -> None:
@@ -162,6 +167,7 @@ def test_a_longer_context_than_the_bases_is_named_where_it_was_trained(tmp_path:
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
     assert AutoTokenizer.from_pretrained(out).model_max_length == 64
     assert "- the context length: 64 tokens, as was trained; the configuration named 32" in card(out)
+    check_card(base, out)
 
 
 def test_large_weights_are_cut_into_several_files(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from chimera.commands.train import main as train
 from tests.convert import builds
 from tests.train.conftest import steps_of, weights_of
 from tests.train.export.families import CHATS, FAMILIES, TEXTS, Family
+from tests.train.exports import check_card
 
 KNOWN = [
     pytest.param(
@@ -136,7 +137,7 @@ def check_chats(tokenizer: Any, stored: list[list[int]]) -> None:
 def check_files(family: Family, base: Path, out: Path) -> None:
     """Files are the base's, byte by byte, but for those of which the card tells a change."""
     card = (out / "README.md").read_text()
-    told = [line.removeprefix("- ") for line in card.splitlines() if line.startswith("- ")]
+    told = check_card(base, out)
     assert len(told) == len(family.changes), told
     assert all(line.startswith(change) for line, change in zip(told, family.changes, strict=True)), told
     changed = {change.partition(":")[0] for change in family.changes}
