@@ -94,7 +94,8 @@ class ChatTemplate(Entry):
 
     `texts` are by name, as `get_chat_template` chooses between them. `tokens` are the tokenizer's named ones, as the
     template may write them, `date` is the day it may write. `control` are the tokens that are never found in contents,
-    `turn_end` is the one that ends the assistant's turns, if all are ended by the same.
+    `turn_end` is the one that ends the assistant's turns, if all are ended by the same. `eos_inside`: EOS is one of
+    the tokens inside of a conversation, so that the masks say where documents start (`ShardFormat.starts`).
     """
 
     digest: str  # SHA-256 of the texts and the named tokens
@@ -103,6 +104,11 @@ class ChatTemplate(Entry):
     date: str | None
     control: list[str]
     turn_end: str | None
+    eos_inside: bool = False  # left out where it is not so
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, serialize: SerializerFunctionWrapHandler) -> Json:
+        return {key: value for key, value in serialize(self).items() if key != "eos_inside" or value}
 
 
 class Stream(Entry):
@@ -144,6 +150,11 @@ class Stream(Entry):
         )
 
     @property
+    def starts(self) -> bool:
+        """Whether its masks say where documents start, which its EOS alone does not."""
+        return self.template is not None and self.template.eos_inside
+
+    @property
     def splits(self) -> dict[str, Split]:
         return {name: getattr(self, name) for name in SPLITS}
 
@@ -151,7 +162,7 @@ class Stream(Entry):
 class Manifest(Entry):
     """The whole of it; `settings` are those that decide the output, as JSON values."""
 
-    format: Literal[1]
+    format: Literal[1, 2]  # 2: of some stream the masks say where documents start, which readers of 1 do not know
     block_len: Count
     dtype: Annotated[str, Field(pattern="^uint(16|32)$")]  # of the tokens as stored, by its numpy name
     compression: str | None
@@ -178,8 +189,9 @@ class Manifest(Entry):
 
     def shard_format(self, stream: str) -> ShardFormat:
         """How the shards of a stream must look."""
-        masked, size = self.streams[stream].format != "text", self.settings["shard_bytes"]
-        return ShardFormat(self.block_len, self.dtype, masked, self.compression, self.hash, size)
+        found, size = self.streams[stream], self.settings["shard_bytes"]
+        masked = found.format != "text"
+        return ShardFormat(self.block_len, self.dtype, masked, self.compression, self.hash, size, found.starts)
 
     def as_bytes(self) -> bytes:
         return json_text(self.model_dump(), sort_keys=True, indent=1).encode() + b"\n"

@@ -39,7 +39,11 @@ def digest(algorithm: str, data: bytes) -> str:
 
 @dataclass(frozen=True)
 class ShardFormat:
-    """What all shards of a stream share. `dtype` is the tokens' numpy name; `masked` streams store who speaks."""
+    """What all shards of a stream share. `dtype` is the tokens' numpy name; `masked` streams store who speaks.
+
+    `starts`: the mask of a token behind an EOS says whether a document, or the rest of one, starts there. (It is then
+    never one that is learned, which has a mask of its own.)
+    """
 
     block_len: int
     dtype: str
@@ -47,6 +51,7 @@ class ShardFormat:
     compression: str | None
     hash: str
     shard_bytes: int
+    starts: bool = False
 
     @property
     def columns(self) -> list[tuple[str, str, int]]:

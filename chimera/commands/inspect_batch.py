@@ -63,11 +63,14 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = shards.tokenizer
         reader = BlockReader(indexes, ShardCache(settings.shards, settings.cache), plan.block_len)
         tokens, said = read(reader, refs)
-        trained = learned(tokens, said, segment.seq_len, tokenizer, settings) if args.mask else None
+        starts = np.array([indexes[ref.stream].starts for ref in refs])
+        trained = learned(tokens, said, starts, segment.seq_len, tokenizer, settings) if args.mask else None
+        may_start = np.ones(tokens.shape, bool) if said is None else said | ~starts[:, None]
         colour = not args.json and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for number, block in enumerate(about["blocks"]):
             mask = None if trained is None else trained[number]
-            block["text"] = documents(tokens[number].reshape(-1, segment.seq_len), tokenizer, mask, colour)
+            sequences, ends = (each[number].reshape(-1, segment.seq_len) for each in (tokens, may_start))
+            block["text"] = documents(sequences, ends, tokenizer, mask, colour)
     print(json_text(about) if args.json else "\n".join(lines(about, safe=args.mask)))
     return 0
 
@@ -94,14 +97,19 @@ def read(reader: BlockReader, refs: list[BlockRef]) -> tuple[np.ndarray, np.ndar
 
 
 def learned(
-    tokens: np.ndarray, said: np.ndarray | None, seq_len: int, tokenizer: ShardsTokenizer, settings: "TrainSettings"
+    tokens: np.ndarray,
+    said: np.ndarray | None,
+    starts: np.ndarray,
+    seq_len: int,
+    tokenizer: ShardsTokenizer,
+    settings: "TrainSettings",
 ) -> np.ndarray:
     """Which tokens a loss is computed for, as training has it; [blocks, sequences, seq_len] bool."""
     import torch
 
     from chimera.train.step.collate import IGNORED, LabelRules, StepInfo, view_sequences
 
-    info = StepInfo(0, "", seq_len, "", {}, 0, tokens.size // seq_len, unpacked=())
+    info = StepInfo(0, "", seq_len, "", {}, 0, tokens.size // seq_len, unpacked=(), starts=tuple(starts.tolist()))
     masks = None if said is None else torch.from_numpy(np.ascontiguousarray(said))
     batch = {"tokens": torch.from_numpy(tokens.astype(np.int64)), "assistant": masks, "info": info}
     found = view_sequences(batch, LabelRules.of(tokenizer, settings))["labels"].numpy() != IGNORED
@@ -110,17 +118,22 @@ def learned(
 
 
 def documents(
-    sequences: np.ndarray, tokenizer: ShardsTokenizer, trained: np.ndarray | None = None, colour: bool = False
+    sequences: np.ndarray,
+    may_start: np.ndarray,
+    tokenizer: ShardsTokenizer,
+    trained: np.ndarray | None = None,
+    colour: bool = False,
 ) -> list[list[str]]:
     """For each of a block's sequences [sequences, seq_len] the texts of its documents, whole or in part.
 
-    A document ends with EOS, which is shown; padding is shown as its number of tokens. What is `trained` on, of the
-    same shape, is marked where that is given.
+    A document ends with EOS, which is shown, before a token where one `may_start`; padding is shown as its number of
+    tokens. What is `trained` on is marked where that is given. All are of one shape.
     """
     found = []
     for number, sequence in enumerate(sequences):
         texts = []
-        ends = {"eos": np.flatnonzero(sequence == tokenizer.eos_id) + 1, "none": np.array([], int)}
+        eos = sequence == tokenizer.eos_id
+        ends = {"eos": np.flatnonzero(eos[:-1] & (may_start[number][1:] | eos[1:])) + 1, "none": np.array([], int)}
         cuts = ends.get(tokenizer.document_ends, np.flatnonzero(np.isin(sequence, tokenizer.bos[:1])))
         for places in np.split(np.arange(len(sequence)), cuts):
             part = sequence[places]

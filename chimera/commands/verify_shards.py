@@ -37,20 +37,35 @@ COUNTS = ("blocks", "tokens", "padding", "documents")  # of a split
 
 @dataclass
 class Found:
-    """What the blocks of one split hold."""
+    """What the blocks of one split hold.
+
+    `documents` are those that end there, at most: an EOS at a block's end, of which the masks of no other block say
+    whether its document goes on, is `unsure`.
+    """
 
     blocks: int = 0
     tokens: int = 0
     padding: int = 0
     documents: int = 0
     max_token_id: int = -1
+    unsure: int = 0
+    ended: bool = False  # whether the last block ended with EOS
 
-    def add(self, tokens: Array, rules: BlockRules) -> None:
-        real = tokens[~rules.padding(tokens)]
+    def add(self, tokens: Array, masks: Array | None, rules: BlockRules) -> None:
+        padding = rules.padding(tokens)
+        real = tokens[~padding]
         self.blocks += len(tokens)
         self.tokens += len(real)
         self.padding += tokens.size - len(real)
-        self.documents += int((real == rules.eos_id).sum())
+        self.documents += int((rules.ends(tokens, masks) & ~padding).sum())
+        if rules.starts and masks is not None:
+            last = (tokens[:, -1] == rules.eos_id) & ~padding[:, -1]
+            if rules.joined:
+                goes_on = ~masks[:, 0] & (tokens[:, 0] != rules.eos_id)
+                self.documents -= int((goes_on & np.append(self.ended, last[:-1])).sum())
+                self.ended = bool(last[-1])
+            elif isinstance(rules.chat, TemplateRules) and not rules.chat.whole:
+                self.unsure += int(last.sum())
         self.max_token_id = max(self.max_token_id, int(real.max(initial=0)))
 
 
@@ -78,11 +93,13 @@ def verify(root: Root, manifest: Manifest) -> list[str]:
             highest = -1
             for split, counts in stream.splits.items():
                 found = Found()
-                for tokens in _blocks(root, manifest, name, split, rules, problems):
-                    if not found.blocks and len(tokens):
+                for tokens, masks in _blocks(root, manifest, name, split, rules, problems):
+                    if not found.blocks:
                         _show(name, split, tokens[0], rules, tokenizer)
-                    found.add(tokens, rules)
+                    found.add(tokens, masks, rules)
                     bar.update(len(tokens))
+                if found.documents - found.unsure <= counts.documents < found.documents:
+                    found.documents = counts.documents
                 for key in COUNTS:
                     problems += _differs(f"{name}/{split}", key, getattr(found, key), getattr(counts, key))
                 highest = max(highest, found.max_token_id)
@@ -109,13 +126,13 @@ def _rules(tokenizer: Tokenizer, loaded: Any, stream: Stream) -> BlockRules:
     bos = tuple(tokenizer.bos) if stream.format == "text" else ()
     special = set() if stream.template else special  # it may write any of them
     marks = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
-    return BlockRules(*marks, frozenset(special), chat, bos, rests)
+    return BlockRules(*marks, frozenset(special), chat, bos, rests, stream.starts, stream.packing == "concat")
 
 
 def _blocks(
     root: Root, manifest: Manifest, stream: str, split: str, rules: BlockRules, problems: list[str]
-) -> Iterator[Array]:
-    """The tokens [blocks, block_len] of each shard that can be read; what is wrong is added to `problems`."""
+) -> Iterator[tuple[Array, Array | None]]:
+    """The tokens and masks [blocks, block_len] of each shard that can be read; what is wrong is added to `problems`."""
     stated = manifest.streams[stream].splits[split]
     if not stated.shards:
         return
@@ -139,7 +156,8 @@ def _blocks(
         else:
             name = f"{folder}/{file_of(shard)['basename']}"
             problems += [f"{name}: {what}" for what in rules.broken(tokens, masks)]
-            yield tokens
+            if len(tokens):
+                yield tokens, masks
 
 
 def read_shard(root: Root, folder: str, shard: Json, shard_format: ShardFormat) -> tuple[Array, Array | None]:

@@ -72,8 +72,11 @@ class BuildPlan:
 
     def shard_format(self, stream: str) -> ShardFormat:
         """How the shards of a stream look."""
-        build, masked = self.build_settings, self.streams[stream].settings.format != "text"
-        return ShardFormat(build.block_len, self.dtype, masked, build.compression, build.hash, build.shard_bytes)
+        build, mine = self.build_settings, self.streams[stream]
+        masked, starts = mine.settings.format != "text", mine.template is not None and mine.template.eos_inside
+        return ShardFormat(
+            build.block_len, self.dtype, masked, build.compression, build.hash, build.shard_bytes, starts
+        )
 
     def write(self, work: Path) -> None:
         """Make `work/plan.json` this plan."""

@@ -73,7 +73,7 @@ def make_manifest(plan: BuildPlan, parts: dict[str, list[PartState]], proofs: di
     """The manifest of the given parts, without anything that differs between two builds of the same output."""
     settings = plan.build_settings
     return Manifest(
-        format=1,
+        format=2 if any(stream.template and stream.template.eos_inside for stream in plan.streams.values()) else 1,
         block_len=settings.block_len,
         dtype=plan.dtype,
         compression=settings.compression,

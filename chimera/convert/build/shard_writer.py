@@ -44,6 +44,9 @@ class ShardWriter:
         so that a document is in memory once and what a kill costs does not grow with it. Slices of whole blocks give
         the blocks of the whole document, whatever the packing.
         """
+        if mask is not None and self.shard_format.starts and self.packer.packing != "concat":
+            mask = mask.copy()
+            mask[:: self.shard_format.block_len] = True  # the rest of a long one may stand behind another's end
         step = max(1, SLICE // self.shard_format.block_len) * self.shard_format.block_len
         if len(ids) <= step:
             self._pack(ids, mask)

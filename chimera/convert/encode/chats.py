@@ -10,7 +10,8 @@ does when it is last. Else it is seen, and counted by why it is not learned:
 
 A row is rejected if the template refuses it (`template_error`), leaves out a text of it (`lost:ROLE`; of an answer that
 is to be learned its beginning, too) or a field (`unused_field:NAME`), reads a broken control token otherwise
-(`control_token`), or ends documents inside of it (`eos_inside`, `pad_inside`).
+(`control_token`), or writes the pad token (`pad_inside`), or EOS where it could not be told from the end of a document
+(`eos_inside`): at all, of a template that does not end turns with it; else twice in a row, or before a learned token.
 """
 
 from collections.abc import Sequence
@@ -141,19 +142,28 @@ class ChatRenderer:
             pieces += parts
             learned += [said] * len(parts)
         ends += [len(pieces)] * bool(waiting)
+        starts = self.renderer.template.eos_inside
+        eos = self.control.tokens[self._eos].id
+        if starts and any(
+            a == eos and (b == eos or said)
+            for a, b, said in zip(pieces, [*pieces[1:], eos], [*learned[1:], False], strict=True)
+        ):
+            raise Reject("eos_inside")
         eos_learned = ended and bool(answers) and answers[-1].end > len(text)
-        return Document(tuple(pieces), tuple(learned), tuple(ends), eos_learned=eos_learned)
+        return Document(tuple(pieces), tuple(learned), tuple(ends), eos_learned=eos_learned, starts=starts)
 
     def _before_eos(self, whole: Rendered) -> tuple[str, list[Found], bool]:
         """The rendering up to the EOS that ends it, if one does: the encoder puts one behind every document."""
-        for place, one in enumerate(whole.found):
-            if one.token == self._pad:
-                raise Reject("pad_inside")
-            if one.token == self._eos:
-                if place < len(whole.found) - 1 or whole.text[one.end :].strip():
-                    raise Reject("eos_inside")
-                return whole.text[: one.start], whole.found[:-1], True
-        return whole.text, whole.found, False
+        tokens = [one.token for one in whole.found]
+        if self._pad in tokens:
+            raise Reject("pad_inside")
+        last = whole.found[-1] if tokens and tokens[-1] == self._eos else None
+        ended = last is not None and not whole.text[last.end :].strip()
+        if tokens.count(self._eos) > ended and not self.renderer.template.eos_inside:
+            raise Reject("eos_inside")
+        return (
+            (whole.text[: last.start], whole.found[:-1], True) if last and ended else (whole.text, whole.found, False)
+        )
 
     def _broken(self, message: Message) -> Message:
         """A message with marks in whatever of it could read as a control token."""

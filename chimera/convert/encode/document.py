@@ -20,7 +20,8 @@ class Document:
 
     `answers` are the numbers of pieces with which each of its turns ends, `shape` the fields that they are from.
     `counted` goes to the manifest, as (of what, name): the shape of the row, the fields passed over. `eos_learned`: the
-    EOS behind it ends what is learned. `more` are the other documents of the same row.
+    EOS behind it ends what is learned. `starts`: its mask says where it starts, as EOS may stand inside of it too.
+    `more` are the other documents of the same row.
     """
 
     pieces: tuple[Piece, ...]
@@ -29,6 +30,7 @@ class Document:
     shape: str = field(default="", compare=False)
     counted: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     eos_learned: bool = False
+    starts: bool = False
     more: "tuple[Document, ...]" = field(default=(), compare=False)
 
     @cached_property

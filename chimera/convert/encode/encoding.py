@@ -162,7 +162,7 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None]]:
         """For each document its ids [n] with EOS at the end, and for conversations the assistant mask [n] bool.
 
-        A text begins with `bos`; a conversation does not.
+        A text begins with `bos`; a conversation does not. The mask of one that `starts` is True where it does.
         """
         return [(ids, mask) for ids, mask, _ in self.encode_turns(documents)]
 
@@ -198,6 +198,8 @@ class Encoder:
             ids += part.data
             lengths.append(len(part))
         mask = np.repeat([*document.assistant, document.eos_learned], lengths) if document.assistant else None
+        if mask is not None and document.starts:
+            mask[0] = True
         ends = np.cumsum(lengths)[np.array(document.answers, dtype=int) - 1].tolist() if document.answers else []
         return np.frombuffer(ids, dtype=self.dtype), mask, ends
 

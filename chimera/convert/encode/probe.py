@@ -56,8 +56,10 @@ def probed(name: str, stream: "StreamSettings", settings: "BuildSettings", encod
     template = template.model_copy(update={"control": control})
     _warn_of_learned_headers(name, renderer)
     tokens = encoder.with_control(control).control_tokens()
-    _check_ends(where, text, tokens, settings)
-    return template.model_copy(update={"turn_end": _turn_end(where, text, tokens)})
+    turn_end, inside = _turn_end(where, text, tokens), _eos_inside(where, text, tokens, settings)
+    if inside:
+        say(f"{name}: its template ends turns with {settings.tokenizer.eos_token!r}: where documents start is stored")
+    return template.model_copy(update={"turn_end": turn_end, "eos_inside": inside})
 
 
 def _rendering(renderer: Renderer, turns: Sequence[Message]) -> str | None:
@@ -102,17 +104,19 @@ def _turn_end(where: str, text: str, tokens: ControlTokens) -> str | None:
     return next((token for token in reversed(found) if token in before), None)
 
 
-def _check_ends(where: str, text: str, tokens: ControlTokens, settings: "BuildSettings") -> None:
-    """Refuse a template that writes inside of conversations what ends documents or fills blocks."""
+def _eos_inside(where: str, text: str, tokens: ControlTokens, settings: "BuildSettings") -> bool:
+    """Whether a template writes inside of conversations what ends documents; refuse what fills blocks there."""
     eos, pad = settings.tokenizer.eos_token, settings.tokenizer.pad_token
-    found = [one.token for one in tokens.find(text)]
-    for key, token, inside in (("eos_token", eos, found[:-1]), ("pad_token", pad, found)):
-        if token in inside:
-            others = [other for other in tokens.tokens if other not in (*found, eos, pad)]
-            free = f"such as {', '.join(others[:4])}, or add one" if others else "it has none to spare: add one"
-            does = "ends documents" if key == "eos_token" else "fills blocks"
-            raise UserError(
-                f"{where}: its chat template writes {token!r} inside of conversations, and as tokenizer.{key} it "
-                f"{does}: set tokenizer.{key} to a special token that the template does not write ({free}: "
-                "`tokenizer.add_tokens: [<|document|>]`)"
-            )
+    found = tokens.find(text)
+    written = [one.token for one in found]
+    if pad in written:
+        raise UserError(
+            f"{where}: its chat template writes {pad!r} inside of conversations, and as tokenizer.pad_token it fills "
+            "blocks: name another special token, or add one (`pad_token: {add: <|pad|>}`)"
+        )
+    if pad is None and found and found[0] == (0, len(eos), eos):
+        raise UserError(
+            f"{where}: its chat template begins a conversation with {eos!r}, which without a pad token fills blocks: "
+            "name one, or add one (`pad_token: {add: <|pad|>}`)"
+        )
+    return eos in written[:-1]

@@ -54,4 +54,8 @@ def stored(given: Json, reader: DocumentReader, encoder: Encoder) -> Json:
 
 def _encoded(document: Document, encoder: Encoder) -> tuple[list[int], list[int]]:
     ((ids, mask),) = encoder.encode([document])
-    return ids.tolist(), [] if mask is None else mask.astype(int).tolist()
+    if mask is None:
+        return ids.tolist(), []
+    learned = mask.astype(int)
+    learned[0] &= not document.starts  # the first of a document, which none is learned for
+    return ids.tolist(), learned.tolist()

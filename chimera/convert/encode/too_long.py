@@ -24,17 +24,18 @@ def fitted(
         return "too_few_tokens"
     if mask is None or len(ids) <= room:
         return ids, mask, None
-    end = shortened(len(ids), answers, mask, room) if stream.too_long == "turns" else None
+    end = shortened(ids, answers, mask, room) if stream.too_long == "turns" else None
     if end is not None:
-        return np.append(ids[:end], ids[-1:]), np.append(mask[:end], False), stream.too_long
+        more = 0 if ids[end - 1] == ids[-1] else 1  # EOS, where the answer does not end with it
+        return np.append(ids[:end], ids[-1:][:more]), np.append(mask[:end], [False] * more), stream.too_long
     return "too_long" if stream.too_long != "cut" else (ids, mask, stream.too_long)
 
 
-def shortened(length: int, answers: Sequence[int], mask: Array, room: int) -> int | None:
-    """How many of a conversation's `length` ids to keep, so that with an EOS after them they are at most `room`.
+def shortened(ids: Array, answers: Sequence[int], mask: Array, room: int) -> int | None:
+    """How many of a conversation's `ids` to keep, so that with EOS, which ends them, they are at most `room`.
 
     `answers` are the ids before and with the end of each of its answers. `None` where no answer that is learned (`mask`
     [length] bool) ends in time.
     """
-    end = max((end for end in answers if end < room), default=0)
-    return end if length > room and mask[:end].any() else None
+    end = max((end for end in answers if end + (ids[end - 1] != ids[-1]) <= room), default=0)
+    return end if len(ids) > room and mask[1:end].any() else None  # none is learned first

@@ -88,7 +88,9 @@ class TemplateRules:
 class BlockRules:
     """`special` are the ids of all special tokens, `bos` those that a text begins with; `chat` is of conversations.
 
-    `rests`: the end of a document may be followed by the rest of a longer one, as with `packing: best_fit`.
+    `rests`: the end of a document may be followed by the rest of a longer one, as with `packing: best_fit`. `starts`:
+    the masks say where documents start (`ShardFormat.starts`), as EOS stands inside of them too. `joined`: a document
+    may go on in the next block, as with `packing: concat`.
     """
 
     vocab_size: int
@@ -98,6 +100,8 @@ class BlockRules:
     chat: ChatRules | TemplateRules | None = None
     bos: tuple[int, ...] = ()
     rests: bool = False
+    starts: bool = False
+    joined: bool = False
 
     def padding(self, tokens: Array) -> Array:
         """What of [blocks, block_len] fills blocks up: PAD, or without such a token each EOS behind the last one."""
@@ -107,6 +111,13 @@ class BlockRules:
         filled = np.zeros(tokens.shape, bool)
         filled[:, 1:] = to_the_end[:, 1:] & to_the_end[:, :-1]
         return filled
+
+    def ends(self, tokens: Array, masks: Array | None) -> Array:
+        """Where documents end: at each EOS, but one that goes on within its block. Of one shape, as in `broken`."""
+        ends = np.asarray(tokens == self.eos_id)
+        if self.starts and masks is not None:
+            ends[:, :-1] &= masks[:, 1:] | ends[:, 1:] | self.padding(tokens)[:, 1:]
+        return ends
 
     def broken(self, tokens: Array, masks: Array | None) -> Iterator[str]:
         """What is wrong with `tokens` [blocks, block_len] and `masks` [blocks, block_len] bool, each with one block."""
@@ -124,6 +135,13 @@ class BlockRules:
         held |= {self.chat.start_id, self.chat.end_id} if isinstance(self.chat, ChatRules) else set()
         yield from _first(np.isin(tokens, sorted(self.special - held)), "a special token that no document may hold")
         if self.chat and masks is not None:
+            if self.starts:
+                ends = self.ends(tokens, masks)
+                if isinstance(self.chat, TemplateRules) and self.chat.whole:
+                    yield from _first(~masks[:, :1], "no conversation that starts where it does")
+                masks = masks.copy()
+                masks[:, 0] = False  # of one that goes on, the first may be learned
+                masks[:, 1:] &= tokens[:, :-1] != self.eos_id
             yield from self.chat.broken(tokens, masks, padding | ends)
 
     def _no_bos(self, tokens: Array, ends: Array, padding: Array) -> Array:

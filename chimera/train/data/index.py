@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chimera.cli import UserError
+from chimera.manifest import Stream
 from chimera.stores import is_remote
 from chimera.text import one_line
 from chimera.train.data.shards import fetch, read_manifest
@@ -62,6 +63,7 @@ class StreamIndex:
     folder: str  # path or URL of the folder that holds index.json
     fingerprint: str  # sha256 of index.json
     shards: tuple[Shard, ...]
+    starts: bool = False  # its masks say where documents start (`ShardFormat.starts`)
 
     @cached_property
     def shard_blocks(self) -> npt.NDArray[np.int64]:
@@ -103,14 +105,14 @@ def stream_names(root: str) -> set[str]:
 def open_indexes(root: str, cache: str, streams: Iterable[str]) -> dict[str, StreamIndex]:
     """The train indexes of `streams`, checked against the root's manifest where it has one."""
     found = read_manifest(root, cache)
-    digests = {name: stream.train.index for name, stream in found[0].streams.items()} if found else {}
-    return {name: read_index(root, name, cache, digest=digests.get(name)) for name in streams}
+    known = found[0].streams if found else {}
+    return {name: read_index(root, name, cache, known=known.get(name)) for name in streams}
 
 
-def read_index(root: str, stream: str, cache: str, split: str = "train", digest: str | None = None) -> StreamIndex:
+def read_index(root: str, stream: str, cache: str, split: str = "train", known: Stream | None = None) -> StreamIndex:
     """The index of `ROOT/<stream>/<split>/`, or of `ROOT/<stream>/` where there are no splits (split `train`).
 
-    `digest` is its SHA-256 where a manifest names one. Raises `UserError` naming stream and place.
+    `known` is the stream as a manifest has it. Raises `UserError` naming stream and place.
     """
     if not NAME.fullmatch(stream):
         raise UserError(f"stream name {stream!r}: letters, digits, _ and - only")
@@ -124,7 +126,7 @@ def read_index(root: str, stream: str, cache: str, split: str = "train", digest:
         raise UserError(f"stream {stream} has no {split} index at {root}/{stream}: correct the name, or build it")
     data = path.read_bytes()
     fingerprint = hashlib.sha256(data).hexdigest()
-    if digest not in (None, fingerprint):
+    if known and known.splits[split].index not in (None, fingerprint):
         raise UserError(
             f"{folder}/index.json is not the one the manifest of {root} names: the shards were changed since, or "
             "are being built: wait for the build, or build them again"
@@ -140,7 +142,7 @@ def read_index(root: str, stream: str, cache: str, split: str = "train", digest:
         raise UserError(f"stream {stream} at {folder} has no column `tokens` (it has {names})")
     if any(shard.columns != shards[0].columns for shard in shards):
         raise UserError(f"stream {stream} at {folder}: its shards differ in their columns: build it again")
-    return StreamIndex(stream, folder, fingerprint, shards)
+    return StreamIndex(stream, folder, fingerprint, shards, known is not None and known.starts)
 
 
 def _shard(entry: dict[str, Any]) -> Shard:

@@ -145,12 +145,14 @@ class MixtureDataset(StreamingDataset):
         tokens = tokens.reshape(*mine.shape, -1)
         masks = None if masks is None else masks.reshape(tokens.shape)
         names = self.plan.streams
+        starts = np.array([self.indexes[name].starts for name in names])
         totals = [(streams == number).sum(axis=1) * self.plan.block_len for number in range(len(names))]
         for i, (numbers, found) in enumerate(zip(streams.tolist(), blocks.tolist(), strict=True)):
             yield {
                 "step": steps.first + i * stride,
                 "tokens": tokens[i],
                 "assistant": None if masks is None else masks[i],
+                "starts": starts[mine[i]],
                 "stream": mine[i],
                 "block": mine_blocks[i],
                 "first_sequence": offset,

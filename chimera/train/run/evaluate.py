@@ -34,9 +34,16 @@ class EvalBlocks(IterableDataset):
     """
 
     def __init__(
-        self, tokens: np.ndarray, assistant: np.ndarray | None, seq_len: int, batch_blocks: int, rules: LabelRules
+        self,
+        tokens: np.ndarray,
+        assistant: np.ndarray | None,
+        seq_len: int,
+        batch_blocks: int,
+        rules: LabelRules,
+        starts: bool = False,
     ) -> None:
-        self.tokens, self.assistant = tokens, assistant
+        """`starts`: the masks say where documents start."""
+        self.tokens, self.assistant, self.starts = tokens, assistant, starts
         self.seq_len, self.batch_blocks, self.rules = seq_len, batch_blocks, rules
 
     def __len__(self) -> int:
@@ -63,6 +70,7 @@ class EvalBlocks(IterableDataset):
                 first_sequence=0,
                 sequences=tokens.size // self.seq_len,
                 unpacked=(),
+                starts=(self.starts,) * self.batch_blocks,
             )
             batch = {
                 "tokens": torch.from_numpy(tokens),
@@ -88,17 +96,17 @@ def evaluators(
     lengths = eval_lengths(settings, plan)
     found = []
     for stream in plan.streams:
-        stated = shards.streams[stream].eval
-        count = min(settings.eval.blocks, stated.blocks)
+        known = shards.streams[stream]
+        count = min(settings.eval.blocks, known.eval.blocks)
         if not count:
             if dist.get_global_rank() == 0:
                 say(f"stream {stream} has no eval split: not evaluated")
             continue
-        index = read_index(shards.root, stream, settings.cache, "eval", stated.index)
+        index = read_index(shards.root, stream, settings.cache, "eval", known)
         reader = BlockReader({stream: index}, ShardCache(shards.root, settings.cache), shards.block_len)
         tokens, assistant = reader.read(np.zeros(count, np.int64), np.arange(count))
         for seq_len in lengths:
-            blocks = EvalBlocks(tokens, assistant, seq_len, min(BATCH_BLOCKS, len(tokens)), rules)
+            blocks = EvalBlocks(tokens, assistant, seq_len, min(BATCH_BLOCKS, len(tokens)), rules, known.starts)
             in_batch = blocks.batch_blocks * shards.block_len
             # A generator of its own: a loader draws a seed at each pass, which would move the run's random state.
             loader = DataLoader(blocks, batch_size=None, generator=torch.Generator())

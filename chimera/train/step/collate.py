@@ -30,6 +30,7 @@ class StepInfo:
     sequences: int  # of this rank's slice
     unpacked: tuple[bool, ...]  # per block: it holds a single document (packing `none`)
     numbers: tuple[int, ...] = ()  # per block: its stream, by its place in the plan's
+    starts: tuple[bool, ...] = ()  # per block: its mask says where documents start
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def collate(record: dict[str, Any], unpacked_streams: frozenset[int]) -> dict[st
         sequences=int(record["sequences"]),
         unpacked=tuple(int(stream) in unpacked_streams for stream in record["stream"]),
         numbers=tuple(map(int, record["stream"])),
+        starts=tuple(map(bool, record["starts"])),
     )
     return {
         "tokens": torch.from_numpy(record["tokens"].astype(np.int64)),
@@ -87,7 +89,10 @@ def view_sequences(batch: dict[str, Any], rules: LabelRules) -> dict[str, Tensor
     rows = slice(info.first_sequence, info.first_sequence + info.sequences)
     input_ids = batch["tokens"].view(-1, info.seq_len)[rows]
     said = batch["assistant"]
-    starts = document_starts(input_ids, rules)
+    may_start = None
+    if said is not None and any(info.starts):
+        may_start = (said | ~torch.tensor(info.starts)[:, None]).view(-1, info.seq_len)[rows]
+    starts = document_starts(input_ids, rules, may_start)
     trained = (input_ids != rules.pad_id) & ~starts
     if rules.train_on == "assistant" and said is not None:
         trained &= said.view(-1, info.seq_len)[rows]
@@ -100,14 +105,18 @@ def view_sequences(batch: dict[str, Any], rules: LabelRules) -> dict[str, Tensor
     return views
 
 
-def document_starts(input_ids: Tensor, rules: LabelRules) -> Tensor:
+def document_starts(input_ids: Tensor, rules: LabelRules, may_start: Tensor | None = None) -> Tensor:
     """Where documents start within sequences, `[sequences, seq_len] bool`; a run of PAD counts as one document.
 
-    A sequence's own first token is not a start: it may go on with a document from the sequence before.
+    A sequence's own first token is not a start: it may go on with a document from the sequence before. `may_start`, of
+    the same shape, says behind which EOS one starts (None: behind each); behind another EOS one always does.
     """
     before, here = input_ids[:, :-1], input_ids[:, 1:]
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
-    starts[:, 1:] = (before == rules.eos_id) | (here == rules.bos_id)
+    ended = before == rules.eos_id
+    if may_start is not None:
+        ended &= may_start[:, 1:] | (here == rules.eos_id)
+    starts[:, 1:] = ended | (here == rules.bos_id)
     starts[:, 1:] |= (here == rules.pad_id) & (before != rules.pad_id)
     # PAD may be the same id as EOS in foreign shards: inside a run of PAD nothing starts.
     starts[:, 1:] &= ~((here == rules.pad_id) & (before == rules.pad_id))

@@ -215,8 +215,8 @@ FAMILIES = {
 class Chats:
     """The documents of one family's stream: what its builder makes of rows."""
 
-    def __init__(self, family: Family, folder: Path, **stream: Any) -> None:
-        tokenizer = {"path": str(family.write(folder)), "eos_token": family.eos, "pad_token": PAD}
+    def __init__(self, family: Family, folder: Path, pad: str | None = PAD, **stream: Any) -> None:
+        tokenizer = {"path": str(family.write(folder)), "eos_token": family.eos, "pad_token": pad}
         chat = {"format": "chat", "template": "tokenizer", "min_tokens": 1, "sources": [{"files": ["x"]}], **stream}
         self.settings = BuildSettings.model_validate({"output": "o", "tokenizer": tokenizer, "streams": {"chat": chat}})
         self.stream = self.settings.streams["chat"]

@@ -209,10 +209,12 @@ def test_settings_of_conversations_are_checked(changes: dict[str, Any], message:
 
 
 def test_a_conversation_ends_with_its_last_answer_that_fits_and_is_learned() -> None:
-    mask = np.zeros(30, bool)
+    mask, ids = np.zeros(30, bool), np.arange(31)
     mask[[8, 9, 18, 19, 28]] = True
-    assert shortened(31, [10, 20, 29], mask, 21) == 20
-    assert shortened(31, [10, 20, 29], mask, 20) == 10  # an EOS follows
-    assert shortened(31, [10, 20, 29], mask, 10) is None
+    assert shortened(ids, [10, 20, 29], mask, 21) == 20
+    assert shortened(ids, [10, 20, 29], mask, 20) == 10  # an EOS follows
+    assert shortened(ids, [10, 20, 29], mask, 10) is None
+    ids[9] = ids[19] = ids[-1]  # the answers end with EOS
+    assert [shortened(ids, [10, 20, 29], mask, room) for room in (20, 19, 10)] == [20, 10, 10]
     mask[:10] = False
-    assert shortened(31, [10, 20, 29], mask, 15) is None
+    assert shortened(ids, [10, 20, 29], mask, 15) is None

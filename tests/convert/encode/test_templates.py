@@ -227,14 +227,27 @@ def test_control_tokens_named_in_the_settings_are_those_beside_the_special_ones(
         chats("qwen", control_tokens=["<x>"])
 
 
-def test_a_template_without_an_end_or_with_the_end_of_documents_inside_is_refused(tmp_path: Path, chats: Any) -> None:
+def test_a_template_that_ends_turns_with_eos_has_its_starts_stored(tmp_path: Path) -> None:
+    made = Chats(replace(FAMILIES["mistral"], eos="</s>"), tmp_path / "eos")
+    assert "ids equal apply_chat_template's in 2 conversations" in made.prove([USER, SAID], TWICE)
+    ids, mask = made.stored(TWICE)
+    ends = [n for n, id_ in enumerate(ids) if id_ == made.encoder.eos_id]
+    assert [mask[n] for n in ends] == [True, True]
+    assert (mask[0], mask[ends[0] + 1], ends[-1]) == (True, False, len(ids) - 1)
+    lenient = FAMILIES["mistral"].template.replace("' ' + m.content | trim", "m.content")
+    made = Chats(replace(FAMILIES["mistral"], eos="</s>", template=lenient), tmp_path / "lenient")
+    assert made.why([USER, SAID, SAID]) == "eos_inside"  # the second would be learned behind the first one's end
+
+
+def test_a_template_without_an_end_or_with_padding_inside_is_refused(tmp_path: Path, chats: Any) -> None:
     with pytest.raises(UserError, match=r"ends an answer with '\\n', in which there is no special token"):
         chats("plain")
-    with pytest.raises(UserError, match=r"writes '</s>' inside of conversations, and as tokenizer.eos_token"):
-        Chats(replace(FAMILIES["mistral"], eos="</s>"), tmp_path / "eos")
     padded = FAMILIES["smol"].template.replace("<|im_end|>", PAD)
     with pytest.raises(UserError, match=r"writes '<\|padding\|>' inside of conversations, and as tokenizer.pad_token"):
         Chats(replace(FAMILIES["smol"], template=padded), tmp_path / "pad")
+    first = replace(FAMILIES["mistral"], named={"bos_token": "</s>"})
+    with pytest.raises(UserError, match=r"begins a conversation with '</s>', which without a pad token fills blocks"):
+        Chats(replace(first, eos="</s>"), tmp_path / "first", pad=None, packing="concat")
 
 
 def test_later_prompts_that_a_server_would_cut_otherwise_are_said(chats: Any) -> None:

@@ -307,7 +307,7 @@ def test_training_on_what_the_assistant_says_only(overrides, tmp_path):
 
 def test_a_step_without_a_trained_token_leaves_the_weights_to_decay_alone(overrides, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collate, "document_starts", lambda ids, _: torch.ones_like(ids, dtype=torch.bool))
+        patch.setattr(collate, "document_starts", lambda ids, *_: torch.ones_like(ids, dtype=torch.bool))
         main(overrides("run", "max_duration=3ba", "document_mask=false"))
     assert [line["loss"] for line in steps_of(tmp_path / "run")] == [None, None, None]
 

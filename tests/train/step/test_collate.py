@@ -1,5 +1,7 @@
 """Blocks → sequences, labels, position ids."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,6 +61,23 @@ def test_positions_restart_at_documents_and_sequences():
     assert view_sequences(batch_of(blocks, 4), rules())["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
     whole = view_sequences(batch_of(blocks, 4), rules(document_mask=False))
     assert whole["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_where_documents_start_is_said_by_the_masks_of_blocks_that_say_so():
+    """Of the first two blocks; behind another EOS one always starts."""
+    blocks = [[5, 6, 0, 7, 8, 0, 9, 10], [5, 0, 0, 7, 8, 0, 1, 1], [5, 6, 0, 7, 8, 0, 9, 10]]
+    said = [[False] * 6 + [True, False], [False] * 8, [False] * 8]
+    batch = batch_of(blocks, 8, assistant=said)
+    batch["info"] = replace(batch["info"], starts=(True, True, False))
+    views = view_sequences(batch, rules())
+    assert [n for n, label in enumerate(views["labels"][0].tolist()) if label == IGNORED] == [6]
+    assert views["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 5, 0, 1],
+        [0, 1, 0, 1, 2, 3, 0, 1],
+        [0, 1, 2, 0, 1, 2, 0, 1],
+    ]
+    halves = view_sequences({**batch, "info": replace(batch["info"], seq_len=4, sequences=6)}, rules())
+    assert halves["position_ids"].tolist()[:2] == [[0, 1, 2, 3], [0, 1, 0, 1]]
 
 
 def test_padding_after_an_unended_piece_is_a_document_of_its_own():
