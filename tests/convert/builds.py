@@ -166,6 +166,7 @@ def build_with_stops(
     at_stop: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], int]:
     """A build of batches of `rows` that stops after a commit at `every` n-th batch; its manifest and the stops."""
+    from chimera.convert.build import batches
     from chimera.convert.build import part as part_module
 
     add, calls = part_module._Part._add, [0]
@@ -178,7 +179,7 @@ def build_with_stops(
             raise _Stopped
         return moved
 
-    monkeypatch.setattr(part_module, "BATCH_ROWS", rows)
+    monkeypatch.setattr(batches, "BATCH_ROWS", rows)
     monkeypatch.setattr(part_module._Part, "_add", add_and_stop)
     for stops in range(100):
         try:

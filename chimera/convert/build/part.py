@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import xxhash
+import numpy as np
 
 from chimera.convert.build import part_state
+from chimera.convert.build.batches import Found, batches, chosen, in_eval, split_of, until
 from chimera.convert.build.part_state import PartState, all_shard_keys, shard_keys
 from chimera.convert.build.plan import BuildPlan, encoder_of, load_plan, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.encoding import Encoder
-from chimera.convert.encode.too_long import fitted
+from chimera.convert.encode.too_long import TOO_FEW, fitted
 from chimera.convert.pack.packing import Packer
 from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import RAW_SHOWN, CorruptFile, Position, Row, reject_line
@@ -30,8 +31,6 @@ from chimera.mds import SPLITS, Array
 from chimera.objects import Objects
 from chimera.tokenizer_file import gave_up
 
-BATCH_BYTES = 1 << 19  # of text encoded together; a larger document is a batch of its own
-BATCH_ROWS = 1024
 WHERE = "where"  # of a part's folder: the rows that were last begun with
 
 
@@ -44,22 +43,10 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
 Counted = tuple[tuple[str, str], ...]
 Encoded = tuple[Array, Array | None, list[int]]  # a document's ids, mask, ends of answers
 ENCODER_FAILED = Dropped("rejected", "encoder_failed")
 Documents = tuple[str, list[Encoded], Counted]  # a row's: their split, each of them, what it counts
-
-
-def split_of(document: Document, eval_fraction: float) -> str:
-    """`eval` for a fixed share of all documents, by their text alone, so that equal ones fall together.
-
-    Documents of one row fall together too: the last of them has the text of all.
-    """
-    digest = xxhash.xxh3_64()
-    for text in (document, *document.more)[-1].texts:
-        digest.update(text)
-    return "eval" if digest.intdigest() < eval_fraction * 2**64 else "train"
 
 
 def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
@@ -150,7 +137,7 @@ class _Part:
 
     def run(self, limit: int | None, report: Report) -> None:
         self._send()
-        for batch in _batches(self._documents()):
+        for batch in batches(self._documents()):
             self._note(batch)
             moved = self._add(batch, limit)
             self._write_shards()
@@ -199,16 +186,54 @@ class _Part:
         """Count, encode and pack a batch, up to the document that reaches `limit`; empties `batch`."""
         state, before = self.state, self.state.splits["train"].tokens
         bytes_before = state.bytes
+        by_row = self.shard_format.masked or state.within or len(batch) == 1
+        if by_row or not self._add_texts(batch, limit):
+            self._add_rows(batch, limit)
+        if limit is not None and state.splits["train"].tokens >= limit:
+            state.limit = limit
+        return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
+
+    def _add_texts(self, batch: list[Found], limit: int | None) -> bool:
+        """What `_add_rows` does, for all rows of a batch of texts at once; False where the tokenizer fails on one."""
+        texts = [found for _, _, found in batch if isinstance(found, Document)]
+        try:
+            encoded = self.encoder.encode_batch(texts)
+        except BaseException as error:
+            if not gave_up(error):
+                raise
+            return False
+        state, lengths = self.state, np.diff(encoded.ends)
+        held = in_eval(texts, self.build.eval_fraction)
+        enough = lengths - 1 - len(self.encoder.bos) >= self.plan.settings.min_tokens
+        if limit is not None:
+            missing = limit - state.splits["train"].tokens
+            if count := until(missing, np.where(enough & ~held, lengths, 0)):
+                enough, held = enough[:count], held[:count]
+                of_text = [at for at, (_, _, found) in enumerate(batch) if isinstance(found, Document)]
+                del batch[of_text[count - 1] + 1 :]
+        for name, which in (("train", enough & ~held), ("eval", enough & held)):
+            ids, ends = chosen(encoded, which)
+            if len(ids):
+                state.max_token_id = max(state.max_token_id, int(ids.max()))
+                self.splits[name].add_texts(ids, ends)
+        if few := len(enough) - int(enough.sum()):
+            state.filtered[TOO_FEW] = state.filtered.get(TOO_FEW, 0) + few
+        for span, row, found in batch:
+            if isinstance(found, Dropped):
+                self._drop(row, found)
+            self._step(span, row, found is not None)
+        return True
+
+    def _add_rows(self, batch: list[Found], limit: int | None) -> None:
+        """Add a batch row by row: conversations, and a long text, which is committed on the way."""
         for span, row, found in self._encode(batch):
             if isinstance(found, Dropped):
                 self._drop(row, found)
             elif found is not None:
                 self._pack_row(*found)
             self._step(span, row, found is not None)
-            if limit is not None and state.splits["train"].tokens >= limit:
-                state.limit = limit
+            if limit is not None and self.state.splits["train"].tokens >= limit:
                 break
-        return Progress(state.bytes - bytes_before, state.splits["train"].tokens - before)
 
     def _encode(self, batch: list[Found]) -> list[tuple[int, Row, Documents | Dropped | None]]:
         """The batch with its documents encoded; empties `batch`, so that a long text is not kept beside its ids."""
@@ -327,22 +352,3 @@ class _Part:
                 if file.exists():
                     self.uploader.upload(file, key)
             split.sent = len(split.state.shards)
-
-
-def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
-    """Rows in order, in lists of about `BATCH_BYTES` of text."""
-    batch: list[Found] = []
-    size = 0
-    for item in found:
-        batch.append(item)
-        size += item[2].size if isinstance(item[2], Document) else _size(item[1].raw)
-        del item  # or its text would live on beside the blocks it becomes
-        if size >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _size(reject: object) -> int:
-    return len(reject) if isinstance(reject, bytes) else 1

@@ -59,6 +59,13 @@ class ShardWriter:
         self.state.documents += 1
         self.state.tokens += len(ids)
 
+    def add_texts(self, ids: Array, ends: Array) -> None:
+        """Pack texts that are not long: `ids` one after another, `ends` [texts + 1] as those of `Encoded`."""
+        self.changed = True
+        self.packer.add_texts(ids, ends)
+        self.state.documents += len(ends) - 1
+        self.state.tokens += len(ids)
+
     def write(self, rest: bool = False) -> bool:
         """Write one shard if enough blocks wait for a full one (with `rest`: if any do); whether it did."""
         self._take()

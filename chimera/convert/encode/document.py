@@ -7,14 +7,13 @@ so text that merely looks like one stays text. (Bytes, since one character beyon
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from chimera.convert.encode.texts import Texts
 
 Piece = bytes | int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen it would take five times as long to make
 class Document:
     """`assistant` has one flag a piece (conversations) or is empty (plain text): what the assistant says to be learned.
 
@@ -33,9 +32,11 @@ class Document:
     starts: bool = False
     more: "tuple[Document, ...]" = field(default=(), compare=False)
 
-    @cached_property
+    @property
     def texts(self) -> Texts:
         """The pieces that are text, each of about `CHUNK` bytes at most; together they are the document's content."""
+        if len(self.pieces) == 1 and isinstance(text := self.pieces[0], bytes):  # as most are
+            return (text,)
         return tuple(piece for piece in self.pieces if isinstance(piece, bytes))
 
     def text_with(self, names: Mapping[int, str]) -> str:

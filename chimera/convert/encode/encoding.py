@@ -17,9 +17,10 @@ import numpy as np
 
 from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError
+from chimera.convert.encode.assembling import Encoded, assembled
 from chimera.convert.encode.control import ControlToken, ControlTokens, GoesOn
 from chimera.convert.encode.document import Document
-from chimera.convert.encode.engines import NAMES, Engine, Given, Tokenizers, choose, wanted
+from chimera.convert.encode.engines import NAMES, Engine, Flat, Given, Tokenizers, choose, joined, wanted
 from chimera.convert.encode.equivalence import same_in_pieces
 from chimera.convert.encode.joints import prefix_of, without_prefix
 from chimera.convert.encode.text_is_data import check_no_text_is_unknown, check_text_is_data
@@ -81,7 +82,6 @@ class Encoder:
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.eos_id = self._special("eos_token", eos_token, origin)
         self.pad_id = None if pad_token is None else self._special("pad_token", pad_token, origin)
-        self._end = np.array([self.eos_id], dtype=self.dtype)
         self.fill_id = self.eos_id if self.pad_id is None else self.pad_id
         self.bos: tuple[int, ...] = ()
         if self.eos_id == self.pad_id:
@@ -166,14 +166,18 @@ class Encoder:
         """
         return [(ids, mask) for ids, mask, _ in self.encode_turns(documents)]
 
-    def encode_turns(self, documents: Sequence[Document]) -> list[tuple[Array, Array | None, list[int]]]:
+    def encode_turns(self, documents: Sequence[Document]) -> Iterator[tuple[Array, Array | None, list[int]]]:
         """The same, and how many ids there are up to the end of each answer of a conversation."""
+        return self.encode_batch(documents).documents()
+
+    def encode_batch(self, documents: Sequence[Document]) -> Encoded:
+        """The same in a few arrays; the documents are all texts, or all conversations."""
         texts = [text for document in documents for text in document.texts]
         if self._going_on is self._tokenizer:
-            encoded = self._encode_texts(text.decode() for text in texts)
+            found = self._flat(text.decode() for text in texts)
         else:
-            encoded = self._encode_by_place(texts)
-        return [self._assemble(document, encoded) for document in documents]
+            found = joined([*self._encode_by_place(texts)], self.dtype)
+        return assembled(documents, found, self.bos, self.eos_id)
 
     def encode_served(self, text: str) -> list[int]:
         """The ids of a rendered conversation at inference: special tokens are found in it."""
@@ -187,38 +191,33 @@ class Encoder:
         """The text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _assemble(self, document: Document, encoded: Iterator[Array]) -> tuple[Array, Array | None, list[int]]:
-        """One document's ids, mask and ends of answers; takes the ids of its texts from `encoded`, in order."""
-        bos = () if document.assistant else self.bos
-        if len(document.pieces) == len(document.texts) == 1 and not bos and not document.assistant:  # as most are
-            return np.concatenate((next(encoded), self._end)), None, []
-        ids, lengths = bytearray(), []  # which grows in place: a long document's ids are in memory once
-        for piece in [*bos, *document.pieces, self.eos_id]:
-            part = next(encoded) if isinstance(piece, bytes) else np.array([piece], dtype=self.dtype)
-            ids += part.data
-            lengths.append(len(part))
-        mask = np.repeat([*document.assistant, document.eos_learned], lengths) if document.assistant else None
-        if mask is not None and document.starts:
-            mask[0] = True
-        ends = np.cumsum(lengths)[np.array(document.answers, dtype=int) - 1].tolist() if document.answers else []
-        return np.frombuffer(ids, dtype=self.dtype), mask, ends
-
     def _encode_texts(self, texts: Iterable[str]) -> Iterator[Array]:
         """The ids of each text."""
+        for ids, ends in self._encode_in_batches(texts):
+            yield from (ids[start:end] for start, end in pairwise(ends.tolist()))
+
+    def _flat(self, texts: Iterable[str]) -> Flat:
+        """The ids of all texts, in one array: in memory once, so that a long document is."""
+        ids, ends = bytearray(), [np.zeros(1, np.int64)]
+        for some, some_ends in self._encode_in_batches(texts):
+            ends.append(some_ends[1:] + ends[-1][-1])
+            ids += some.data
+        return np.frombuffer(ids, self.dtype), np.concatenate(ends)
+
+    def _encode_in_batches(self, texts: Iterable[str]) -> Iterator[Flat]:
         batch: list[str] = []
         characters = 0
         for text in texts:
             batch.append(text)
             characters += len(text)
             if characters >= BATCH:
-                yield from self._encode_batch(batch)
+                yield self._encode_batch(batch)
                 batch, characters = [], 0
-        yield from self._encode_batch(batch)
+        yield self._encode_batch(batch)
 
-    def _encode_batch(self, batch: list[str]) -> Iterator[Array]:
+    def _encode_batch(self, batch: list[str]) -> Flat:
         ids, ends = self._engine.encode_batch(batch)
-        ids = ids.astype(self.dtype, copy=False)
-        return (ids[start:end] for start, end in pairwise(ends.tolist()))
+        return ids.astype(self.dtype, copy=False), ends
 
     def _encode_by_place(self, texts: Sequence[bytes]) -> Iterator[Array]:
         """The ids of each text, by whether it goes on with one before it."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from chimera.cli import UserError
 from chimera.convert.encode.equivalence import NotEquivalent, same_character_classes, tiktoken_encoding
@@ -103,10 +104,10 @@ class Fastokens:
         return joined([self.encode_batch([text])[0] for text in texts])
 
 
-def joined(parts: Sequence[Array]) -> Flat:
+def joined(parts: Sequence[Array], dtype: DTypeLike = np.uint32) -> Flat:
     """Arrays one after another."""
     ends = np.cumsum([0, *map(len, parts)])
-    return (np.concatenate(parts) if parts else np.zeros(0, np.uint32)), ends
+    return (np.concatenate(parts) if parts else np.zeros(0, dtype)), ends
 
 
 def wanted(planned: str | None = None) -> str:

@@ -48,7 +48,7 @@ def pieces(value: object) -> Texts:
     """A string, or bytes of UTF-8, in pieces."""
     data = utf8(value)
     try:
-        found = tuple(chunks(data))
+        found = (data,) if len(data) <= CHUNK and data.decode() is not None else tuple(chunks(data))
     except UnicodeDecodeError:
         raise Reject("invalid_utf8") from None
     if b"\0" in data:

@@ -10,6 +10,7 @@ from chimera.mds import Array
 if TYPE_CHECKING:
     from chimera.convert.settings import StreamSettings
 
+TOO_FEW = "too_few_tokens"
 Fitted = tuple[Array, Array | None, str | None]  # ids, mask, and what was done as it is longer than a block
 
 
@@ -21,7 +22,7 @@ def fitted(
     `ids` and `mask` are [length], with EOS at the end; a text's first `bos` are its BOS. `room` is a block's length.
     """
     if len(ids) - 1 - (bos if mask is None else 0) < stream.min_tokens:
-        return "too_few_tokens"
+        return TOO_FEW
     if mask is None or len(ids) <= room:
         return ids, mask, None
     end = shortened(ids, answers, mask, room) if stream.too_long == "turns" else None

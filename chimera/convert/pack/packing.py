@@ -11,6 +11,7 @@ Pure and resumable: the blocks depend on the sequence of documents alone, not on
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,14 @@ class Packer:
             self._pack([[0]])
         elif self.packing == "best_fit" and self._waiting_tokens >= self._window:
             self._best_fit()
+
+    def add_texts(self, ids: Array, ends: Array) -> None:
+        """Several documents of a packer without masks: `ids` one after another, `ends` [documents + 1] theirs."""
+        if self.packing == "concat":  # to which the documents' ends are nothing
+            self.add(ids)
+            return
+        for begin, end in pairwise(ends.tolist()):
+            self.add(ids[begin:end].copy())  # or one that waits long would keep all of them in memory
 
     def flush(self) -> None:
         """The end of the part: whatever waits becomes blocks, the last of them padded."""

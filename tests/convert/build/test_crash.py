@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from chimera.commands import build_shards
+from chimera.convert.build import batches, part_state, shard_writer
 from chimera.convert.build import build as build_module
-from chimera.convert.build import part as part_module
-from chimera.convert.build import part_state, shard_writer
 from chimera.convert.build.part import Progress, run_part
 from chimera.convert.build.plan import load_plan
 from tests.convert import builds
@@ -52,7 +51,7 @@ class _Killed(BaseException):
 
 
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 5)
 
 
 def _plan(settings: dict[str, Any]) -> Path:

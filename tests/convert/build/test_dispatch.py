@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from chimera.cli import UserError
-from chimera.convert.build import dispatch
+from chimera.convert.build import batches, dispatch
 from chimera.convert.build import part as part_module
 from chimera.convert.build.executor import Event, Task, seldom
 from chimera.convert.build.part import Progress, run_part
@@ -192,7 +192,7 @@ def test_losses_count_until_the_part_moves_on(tmp_path: Path, monkeypatch: pytes
         return {**found, "streams": {"columns": found["streams"]["columns"]}}
 
     builds.build_here(settings("wanted"))
-    monkeypatch.setattr(part_module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 5)
     monkeypatch.setattr(_Dying, "deaths", 0)
     builds.build_here(settings("out"), _Dying)
     assert _Dying.deaths > dispatch.MAX_LOSSES

@@ -47,7 +47,7 @@ def test_batches_of_any_size_reject_the_same_rows(tmp_path: Path, monkeypatch: p
     settings = settings_of(tmp_path, rows, format="chatml", packing="none")
     assert builds.build_here(settings)["streams"]["one"]["rows"]["rejected"] == {"encoder_failed": 1}
     whole = builds.tree(tmp_path / "out")
-    monkeypatch.setattr("chimera.convert.build.part.BATCH_ROWS", 1)
+    monkeypatch.setattr("chimera.convert.build.batches.BATCH_ROWS", 1)
     builds.build_here({**settings, "output": f"{tmp_path}/other"})
     assert builds.tree(tmp_path / "other") == whole
 
@@ -68,7 +68,7 @@ def test_a_worker_that_dies_for_good_is_named_with_file_and_rows(
     def crash(*_: object) -> None:
         raise builds._Stopped
 
-    monkeypatch.setattr(_Part, "_encode", crash)
+    monkeypatch.setattr(_Part, "_add", crash)
     settings = settings_of(tmp_path, [{"text": text} for text in builds.texts(1, 5)])
     with pytest.raises(UserError, match=r"SIGSEGV: it was at line 1 of \S+/rows.jsonl to line 5, or just behind: take"):
         builds.build_here(settings, Crashing)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from chimera.cli import UserError
+from chimera.convert.build import batches, part_state, shard_writer
 from chimera.convert.build import part as part_module
-from chimera.convert.build import part_state, shard_writer
 from chimera.convert.build.part import run_part
 from chimera.convert.build.part_state import PartState
 from chimera.convert.build.plan import load_plan
@@ -109,7 +109,7 @@ def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
 
     with pytest.raises(KeyboardInterrupt):
         builds.build_here(builds.config(tmp_path / "in", tmp_path / "out", **changes), Stop)
-    monkeypatch.setattr(part_module, "BATCH_ROWS", 30)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 30)
     work = tmp_path / "out" / ".work"
     return work, load_plan(work).streams["s"].part_folder(work, 0)
 
@@ -154,7 +154,7 @@ def test_every_commit_holds_all_that_waits(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(part_module._Part, "_commit", checked)
     monkeypatch.setattr(shard_writer, "SLICE", 128)
-    monkeypatch.setattr(part_module, "BATCH_ROWS", 2)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 2)
     builds.build_here(builds.config(tmp_path, tmp_path / "out", shard_bytes=1200, streams={"long": stream}))
     assert commits[0] > 15
 

@@ -11,6 +11,7 @@ import zstandard
 
 from chimera.cli import UserError
 from chimera.commands import verify_shards
+from chimera.convert.build import batches
 from chimera.convert.build import part as part_module
 from tests.convert import builds
 from tests.convert.build.test_build import stored_blocks
@@ -61,7 +62,7 @@ def test_any_order_of_parts_and_any_stop_ends_in_the_same_bytes(
             raise Stopped
         return moved
 
-    monkeypatch.setattr(part_module, "BATCH_ROWS", 7)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 7)
     monkeypatch.setattr(part_module._Part, "_add", add_and_stop)
     stops, again = 0, settings(tmp_path, tmp_path / "again", FAMILIES["qwen"], turns=turns)
     while not (tmp_path / "again" / "manifest.json").exists():
