@@ -15,8 +15,8 @@ class Encoded(NamedTuple):
     """Documents as ids, one after another.
 
     `ids` [tokens] have EOS at the end of each document; `ends` [documents + 1] say where each begins and the last ends.
-    Of conversations `mask` [tokens] bool is what is learned (and the first token of one that `starts`), and `answers` say for each how many of its ids there are
-    up to the end of each of its answers.
+    Of conversations `mask` [tokens] bool is what is learned (and the first token of one that `starts`), and `answers`
+    say for each how many of its ids there are up to the end of each of its answers.
     """
 
     ids: Array

@@ -74,8 +74,8 @@ def documents_of(family: Family, folder: Path, **stream: Any) -> list[tuple[int,
     made = Chats(family, folder / "alone", **stream)
     found: Any = [made.reader.read(row) for row in rows()]
     texts = [Document((text.encode(),)) for text in TEXTS]
-    encoded = made.encoder.encode([*(each for d in found for each in (d, *d.more)), *texts])
-    return [tuple(ids.tolist()) for ids, _ in encoded]
+    chats = [each for document in found for each in (document, *document.more)]
+    return [tuple(ids.tolist()) for some in (chats, texts) for ids, _ in made.encoder.encode(some)]
 
 
 def seen(batch: Any, pad: int) -> list[tuple[int, ...]]:
