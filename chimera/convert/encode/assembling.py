@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chimera.convert.encode.document import Document
-from chimera.convert.encode.engines import Flat
+from chimera.convert.encode.document import Document, Piece
 from chimera.mds import Array
 
 
@@ -31,48 +30,27 @@ class Encoded(NamedTuple):
             yield self.ids[begin:end], mask, self.answers[index] if self.answers else []
 
 
-def assembled(documents: Sequence[Document], found: Flat, bos: Sequence[int], eos: int) -> Encoded:
-    """The documents, either all texts or all conversations, from the ids of the texts in them (`found`).
-
-    A text begins with `bos`; a conversation does not.
-    """
-    ids, ends = found
-    masked = any(document.assistant for document in documents)
-    counts = np.cumsum([0, *(len(document.pieces) for document in documents)])
-    if masked or counts[-1] + 1 != len(ends):
-        return _of_pieces(documents, ids, ends, () if masked else bos, eos)
-    ends = ends[counts]  # a long text is of several pieces
-    added = [*bos, eos]
-    places = np.repeat(ends[:-1, np.newaxis], len(added), axis=1)
-    places[:, -1] = ends[1:]
-    ids = np.insert(ids, places.ravel(), np.tile(np.array(added, ids.dtype), len(documents)))
-    return Encoded(ids, ends + len(added) * np.arange(len(ends)))
+def woven(pieces: Sequence[Piece], ids: Array, ends: Array) -> tuple[Array, Array]:
+    """The ids of pieces in order, and the length of each, from the `ids` of those that are texts and their `ends`."""
+    is_text = np.array([isinstance(piece, bytes) for piece in pieces], bool)
+    lengths = np.ones(len(pieces), np.int64)
+    lengths[is_text] = np.diff(ends)
+    places = ends[np.cumsum(is_text)[~is_text]]
+    special = np.array([piece for piece in pieces if not isinstance(piece, bytes)], ids.dtype)
+    return np.insert(ids, places, special), lengths
 
 
-def _of_pieces(documents: Sequence[Document], ids: Array, text_ends: Array, bos: Sequence[int], eos: int) -> Encoded:
-    """The same where special tokens stand between the texts."""
-    special: list[int] = []  # in order, BOS and EOS among them
-    before: list[int] = []  # texts before each of them
-    passed = [(0, 0)]  # texts and special tokens up to each piece's end
-    last = [0]  # pieces up to each document's end
-    texts = 0
-    for document in documents:
-        for piece in (*bos, *document.pieces, eos):
-            if isinstance(piece, bytes):
-                texts += 1
-            else:
-                special.append(piece)
-                before.append(texts)
-            passed.append((texts, len(special)))
-        last.append(len(passed) - 1)
-    up_to, specials = np.array(passed).T
-    ends = text_ends[up_to] + specials  # of each piece
+def assembled(documents: Sequence[Document], before: int, ids: Array, lengths: Array) -> Encoded:
+    """Documents from the ids of all of their pieces and the length of each, with EOS and `before` of BOS."""
+    counts = np.cumsum([0, *(before + len(document.pieces) + 1 for document in documents)])
+    ends = np.cumsum([0, *lengths])
+    if not any(document.assistant for document in documents):
+        return Encoded(ids, ends[counts])
+    flags = [flag for document in documents for flag in (*document.assistant, document.eos_learned)]
     answers = [
         (ends[np.array(document.answers, dtype=int) + first] - ends[first]).tolist() if document.answers else []
-        for document, first in zip(documents, last[:-1], strict=True)
+        for document, first in zip(documents, counts.tolist(), strict=False)
     ]
-    flags = [flag for document in documents for flag in (*document.assistant, document.eos_learned)]
-    mask = np.repeat(np.array(flags, bool), np.diff(ends)) if documents and documents[0].assistant else None
-    if mask is not None:
-        mask[[ends[first] for document, first in zip(documents, last[:-1], strict=True) if document.starts]] = True
-    return Encoded(np.insert(ids, text_ends[before], np.array(special, ids.dtype)), ends[last], mask, answers)
+    mask = np.repeat(np.array(flags, bool), lengths)
+    mask[ends[counts[:-1]][[document.starts for document in documents]]] = True
+    return Encoded(ids, ends[counts], mask, answers)

@@ -11,15 +11,15 @@ from copy import copy
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError
-from chimera.convert.encode.assembling import Encoded, assembled
+from chimera.convert.encode.assembling import Encoded, assembled, woven
 from chimera.convert.encode.control import ControlToken, ControlTokens, GoesOn
-from chimera.convert.encode.document import Document
+from chimera.convert.encode.document import Document, Piece
 from chimera.convert.encode.engines import NAMES, Engine, Flat, Given, Tokenizers, choose, joined, wanted
 from chimera.convert.encode.equivalence import same_in_pieces
 from chimera.convert.encode.joints import prefix_of, without_prefix
@@ -31,7 +31,8 @@ from chimera.tokenizer_file import before_text, file_of, load, read_json, specia
 if TYPE_CHECKING:
     from chimera.convert.settings import TokenizerSettings
 
-BATCH = 1 << 20  # characters handed to an engine at a time
+BATCH = 1 << 20  # characters or bytes handed to an engine at a time
+T = TypeVar("T", str, bytes, Piece)
 
 
 class Encoder:
@@ -172,12 +173,14 @@ class Encoder:
 
     def encode_batch(self, documents: Sequence[Document]) -> Encoded:
         """The same in a few arrays; the documents are all texts, or all conversations."""
-        texts = [text for document in documents for text in document.texts]
-        if self._going_on is self._tokenizer:
-            found = self._flat(text.decode() for text in texts)
-        else:
-            found = joined([*self._encode_by_place(texts)], self.dtype)
-        return assembled(documents, found, self.bos, self.eos_id)
+        bos = () if any(document.assistant for document in documents) else self.bos
+        ids = bytearray()  # which grows in place: a long document's ids are in memory once
+        lengths: list[Array] = [np.zeros(0, np.int64)]
+        for pieces in _batches(piece for document in documents for piece in (*bos, *document.pieces, self.eos_id)):
+            some, their_lengths = woven(pieces, *self._encode_pieces([p for p in pieces if isinstance(p, bytes)]))
+            ids += some.data
+            lengths.append(their_lengths)
+        return assembled(documents, len(bos), np.frombuffer(ids, self.dtype), np.concatenate(lengths))
 
     def encode_served(self, text: str) -> list[int]:
         """The ids of a rendered conversation at inference: special tokens are found in it."""
@@ -191,41 +194,28 @@ class Encoder:
         """The text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _encode_texts(self, texts: Iterable[str]) -> Iterator[Array]:
-        """The ids of each text."""
-        for ids, ends in self._encode_in_batches(texts):
-            yield from (ids[start:end] for start, end in pairwise(ends.tolist()))
-
-    def _flat(self, texts: Iterable[str]) -> Flat:
-        """The ids of all texts, in one array: in memory once, so that a long document is."""
-        ids, ends = bytearray(), [np.zeros(1, np.int64)]
-        for some, some_ends in self._encode_in_batches(texts):
-            ends.append(some_ends[1:] + ends[-1][-1])
-            ids += some.data
-        return np.frombuffer(ids, self.dtype), np.concatenate(ends)
-
-    def _encode_in_batches(self, texts: Iterable[str]) -> Iterator[Flat]:
-        batch: list[str] = []
-        characters = 0
-        for text in texts:
-            batch.append(text)
-            characters += len(text)
-            if characters >= BATCH:
-                yield self._encode_batch(batch)
-                batch, characters = [], 0
-        yield self._encode_batch(batch)
-
-    def _encode_batch(self, batch: list[str]) -> Flat:
-        ids, ends = self._engine.encode_batch(batch)
-        return ids.astype(self.dtype, copy=False), ends
-
-    def _encode_by_place(self, texts: Sequence[bytes]) -> Iterator[Array]:
-        """The ids of each text, by whether it goes on with one before it."""
-        begin = self._encode_texts(text.decode() for text in texts if not isinstance(text, GoesOn))
+    def _encode_pieces(self, texts: Sequence[bytes]) -> Flat:
+        """The ids of texts, by whether each goes on with one before it."""
+        going = [isinstance(text, GoesOn) for text in texts]
+        if self._going_on is self._tokenizer or not any(going):
+            return self._encode_batch([text.decode() for text in texts])
         on = copy(self)
         on._engine = Tokenizers(self._going_on)
-        going = on._encode_texts(text.decode() for text in texts if isinstance(text, GoesOn))
-        return (next(going if isinstance(text, GoesOn) else begin) for text in texts)
+        begin, rest = (
+            encoder._encode_texts(text.decode() for text, goes in zip(texts, going, strict=True) if goes == which)
+            for encoder, which in ((self, False), (on, True))
+        )
+        return joined([next(rest if goes else begin) for goes in going], self.dtype)
+
+    def _encode_batch(self, texts: Sequence[str]) -> Flat:
+        ids, ends = self._engine.encode_batch(texts)
+        return ids.astype(self.dtype, copy=False), ends
+
+    def _encode_texts(self, texts: Iterable[str]) -> Iterator[Array]:
+        """The ids of each text."""
+        for batch in _batches(texts):
+            ids, ends = self._encode_batch(batch)
+            yield from (ids[start:end] for start, end in pairwise(ends.tolist()))
 
     def _encode_slowly(self, texts: Iterable[str]) -> Iterator[Array]:
         slow = copy(self)
@@ -278,6 +268,19 @@ class Encoder:
 
     def _take(self, why: str) -> None:
         self.path, self._why, self.reason = self._engine.name, why, why + self._long
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    """Texts, and the special tokens between them, in lists of about `BATCH`."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += 1 if isinstance(item, int) else len(item)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _of_text_alone(tokenizer_json: str | bytes) -> Any:
