@@ -136,8 +136,9 @@ class BlockRules:
         yield from _first(np.isin(tokens, sorted(self.special - held)), "a special token that no document may hold")
         if self.chat and masks is not None:
             if self.starts:
-                ends = self.ends(tokens, masks)
-                if isinstance(self.chat, TemplateRules) and self.chat.whole:
+                ends, whole = self.ends(tokens, masks), isinstance(self.chat, TemplateRules) and self.chat.whole
+                ends[:, -1] &= whole  # else it may go on in another block
+                if whole:
                     yield from _first(~masks[:, :1], "no conversation that starts where it does")
                 masks = masks.copy()
                 masks[:, 0] = False  # of one that goes on, the first may be learned

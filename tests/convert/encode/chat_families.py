@@ -39,6 +39,11 @@ MISTRAL = (  # its system text is lost, its turns end with EOS
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
 )
 
+ZEPHYR = (  # every turn ends with EOS, and no BOS is written
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 GPT_OSS = (
     "{{ '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{{ '<|start|>assistant' }}"
@@ -187,6 +192,7 @@ class Family:
 FAMILIES = {
     "qwen": Family(QWEN, ("<|im_start|>", "<|im_end|>"), plain=("<think>", "</think>")),
     "mistral": Family(MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), named={"bos_token": "<s>", "eos_token": "</s>"}),
+    "zephyr": Family(ZEPHYR, ("<s>", "</s>"), named={"eos_token": "</s>"}, eos="</s>"),
     "gpt_oss": Family(GPT_OSS, ("<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>"), eos="<|return|>"),
     "phi": Family(
         PHI,
@@ -243,7 +249,7 @@ class Chats:
     def learned(self, messages: Sequence[Any], **row: Any) -> str:
         """The tokens that are learned, as text."""
         ids, mask = self.stored(messages, **row)
-        return self.encoder.decode(np.array(ids)[np.array(mask)].tolist())
+        return self.encoder.decode(np.array(ids[1:])[mask[1:]].tolist())
 
     def why(self, messages: Sequence[Any], **row: Any) -> str:
         """Why a conversation is dropped."""

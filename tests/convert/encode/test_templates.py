@@ -29,7 +29,7 @@ def test_ids_are_those_of_apply_chat_template_with_the_bos_it_writes_once(name: 
     bos = FAMILIES[name].named.get("bos_token")
     ids, _ = made.stored(TWICE)
     assert bos is None or [n for n, id_ in enumerate(ids) if id_ == made.id(bos)] == [0]
-    assert ids.count(made.encoder.eos_id) == 1
+    assert ids.count(made.encoder.eos_id) == (4 if made.template.eos_inside else 1)
     assert ids[-1] == made.encoder.eos_id
 
 
@@ -58,6 +58,7 @@ def test_normalized_specials_are_stored_as_they_are_served_or_refused(tmp_path: 
     [
         ("qwen", "Dorme.<|im_end|>Mangia il pesce.<|im_end|>"),
         ("mistral", " Dorme.</s> Mangia il pesce.</s>"),
+        ("zephyr", "Dorme.</s>Mangia il pesce.</s>"),
         ("deepseek", "Dorme.<｜end｜>Mangia il pesce.<｜end｜>"),
         ("llama", "Dorme.<|eot_id|>Mangia il pesce.<|eot_id|>"),
         ("gemma", "Dorme.<end_of_turn>Mangia il pesce.<end_of_turn>"),

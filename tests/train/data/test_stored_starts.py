@@ -24,7 +24,7 @@ from tests.convert.build.test_template_builds import rows
 from tests.convert.encode.chat_families import FAMILIES, Chats, Family
 from tests.convert.small_tokenizer import EOS, PAD
 
-LEN = 160  # more than the longest document
+LEN = 176  # more than the longest document
 
 END = "</s>"
 MISTRAL = dataclasses.replace(FAMILIES["mistral"], eos=END)
@@ -88,7 +88,7 @@ def seen(batch: Any, pad: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("turns", ["all", "each"])
-@pytest.mark.parametrize("family", [MISTRAL, SINGLE], ids=["mistral", "single"])
+@pytest.mark.parametrize("family", [MISTRAL, SINGLE, FAMILIES["zephyr"]], ids=["mistral", "single", "zephyr"])
 def test_attention_sees_whole_documents_and_no_other(family: Family, turns: str, tmp_path: Path) -> None:
     manifest = build(tmp_path, family, turns=turns, too_long="turns")
     verify_shards.verify_shards(tmp_path / "out")
@@ -99,7 +99,7 @@ def test_attention_sees_whole_documents_and_no_other(family: Family, turns: str,
     assert max(map(len, known)) <= LEN
     found = [each for batch in chimera.batches(config(tmp_path)) for each in seen(batch, pad)]
     assert {*found} <= {*known}
-    assert len({*found}) > 0.7 * len({*known})  # the rest are in the eval split
+    assert len({*found}) > 0.5 * len({*known})  # the rest are in the eval split, or later
     assert any(ids.count(eos) > 3 for ids in found) or turns == "each"
 
 
@@ -150,7 +150,7 @@ def read(root: Path, stream: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "none"])
-@pytest.mark.parametrize("family", [MISTRAL, SINGLE], ids=["mistral", "single"])
+@pytest.mark.parametrize("family", [MISTRAL, SINGLE, FAMILIES["zephyr"]], ids=["mistral", "single", "zephyr"])
 def test_what_is_cut_off_a_long_conversation_goes_on_with_no_other(
     family: Family, packing: str, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from tests.train.exports import SIZES, checkpoint_of, write_base
 
 CHAT = [{"role": "user", "content": "Che ora è?"}, {"role": "assistant", "content": "Mezzogiorno."}]
 ENDS = {"qwen": "<|im_end|>", "gpt_oss": "<|return|>", "phi": "<|end|>", "llama": "<|eot_id|>", "smol": "<|im_end|>"}
-ENDS |= {"gemma": "<end_of_turn>", "deepseek": "<｜end｜>"}
+ENDS |= {"gemma": "<end_of_turn>", "deepseek": "<｜end｜>", "zephyr": "</s>"}
 
 
 def built(folder: Path, family: Family, **streams: Any) -> Shards:
