@@ -132,14 +132,14 @@ def run_bare(argv: list[str]) -> list[float]:
     from composer.optim import DecoupledAdamW
 
     from chimera.train.data.mixture import MixtureDataset
-    from chimera.train.data.shards import open_shards
+    from chimera.train.data.roots import open_root
     from chimera.train.order.run_plan import plan_of
     from chimera.train.settings import read_settings
     from chimera.train.step.collate import LabelRules, collate, view_sequences
     from chimera.train.step.model import build_model
 
     settings = read_settings(Path(argv[0]), argv[1:])
-    shards = open_shards(settings.shards, settings.cache)
+    shards = open_root(settings)
     plan = plan_of(settings, shards.block_len)
     tokenizer = shards.tokenizer
     torch.manual_seed(settings.seed)

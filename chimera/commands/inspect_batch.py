@@ -18,6 +18,7 @@ import numpy as np
 from chimera.cli import UserError, parse, run, say
 from chimera.text import json_text, marked, neutral, one_line
 from chimera.train.data.cache import ShardCache
+from chimera.train.data.places import shown
 from chimera.train.data.reader import BlockReader
 from chimera.train.data.roots import open_root, plan_with_shards
 from chimera.train.data.shards import ShardsTokenizer
@@ -40,12 +41,13 @@ def main(argv: Sequence[str]) -> int:
     step = step_of([word for word in overrides if word.startswith("step=")])
     settings = read_settings(config, [word for word in overrides if not word.startswith("step=")])
     plan, indexes = plan_with_shards(settings)
+    where = shown(settings.shards)
     if indexes is None:
-        raise UserError(f"no shards at {settings.shards}: build them, or set `shards` to where they are")
+        raise UserError(f"no shards at {where}: build them, or set `shards` to where they are")
     shards = open_root(settings)
     refuse(settings, plan, shards)
     if other := other_shards(recorded(Path(settings.save_folder)), indexes):
-        say(f"warning: the shards at {settings.shards} are not those of the run in {settings.save_folder}: {other}")
+        say(f"warning: the shards at {where} are not those of the run in {settings.save_folder}: {other}")
     segment = plan.segment(step)
     order = RunOrder(plan, {name: index.shard_blocks for name, index in indexes.items()}, settings.seed)
     refs = step_blocks(order, step)
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if args.decode or args.mask:
         tokenizer = shards.tokenizer
-        reader = BlockReader(indexes, ShardCache(settings.shards, settings.cache), plan.block_len)
+        reader = BlockReader(indexes, ShardCache(settings.cache), plan.block_len)
         tokens, said = read(reader, refs)
         starts = np.array([indexes[ref.stream].starts for ref in refs])
         trained = learned(tokens, said, starts, segment.seq_len, tokenizer, settings) if args.mask else None

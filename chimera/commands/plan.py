@@ -17,8 +17,8 @@ from chimera.stores import is_remote
 from chimera.text import NONE, amount, decimal, duration, percent, span, table
 from chimera.train.data.cache import smallest_cache
 from chimera.train.data.index import StreamIndex
-from chimera.train.data.roots import open_root, plan_with_shards
-from chimera.train.data.shards import held_in, read_manifest
+from chimera.train.data.places import Roots, places_of, shown
+from chimera.train.data.roots import held_at, open_root, plan_with_shards
 from chimera.train.order.schedule import Plan
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     settings = read_settings(config, overrides)
     plan, indexes = plan_with_shards(settings)
     if indexes is None:
-        say(f"no shards at {settings.shards} yet: what is needed, in blocks of {plan.block_len} (the longest length)")
+        at = shown(settings.shards)
+        say(f"no shards at {at} yet: what is needed, in blocks of {plan.block_len} (the longest length)")
     held = densities(settings, indexes)
     about = describe(plan, indexes, held)
     if args.plot is not None:
@@ -57,8 +58,8 @@ def densities(settings: "TrainSettings", indexes: dict[str, StreamIndex] | None)
     """Of each stream, the share of its blocks' positions that hold a token; None without shards."""
     if indexes is None:
         return None
-    found = read_manifest(settings.shards, settings.cache)
-    return dict.fromkeys(indexes, Fraction(1)) if found is None else held_in(found[0])  # made by others: no padding
+    held = held_at(Roots(settings.shards, settings.cache))
+    return {name: held.get(name, Fraction(1)) for name in indexes}  # made by others: no padding
 
 
 def describe(
@@ -112,6 +113,7 @@ def describe(
                 "blocks": blocks,
                 "held": None if indexes is None else indexes[name].blocks,
                 "passes": None if indexes is None else blocks / indexes[name].blocks,
+                "root": None if indexes is None else indexes[name].root,
             }
             for name, blocks in needed.items()
         },
@@ -215,8 +217,11 @@ def lines_of(settings: "TrainSettings", plan: Plan, about: dict[str, Any]) -> li
         rows.append([name, amount(stream["tokens"]), *map(percent, shares), str(stream["blocks"]), *known])
     heads = ["stream", "tokens", *(["share", "padding"] if padding else []), "blocks needed", "blocks held", "passes"]
     lines += table(heads, rows)
-    if about["smallest_cache_limit"] is not None and is_remote(settings.shards):
-        lines += ["", f"smallest cache_limit: {about['smallest_cache_limit']} bytes ({settings.shards} is remote)"]
+    if len(roots := places_of(settings.shards)) > 1 and about["smallest_cache_limit"] is not None:
+        lines += ["", *(f"{name}: {stream['root']}" for name, stream in about["streams"].items())]
+    if about["smallest_cache_limit"] is not None and (remote := [root for root in roots if is_remote(root)]):
+        places = f"{shown(remote)} {'is' if len(remote) == 1 else 'are'} remote"
+        lines += ["", f"smallest cache_limit: {about['smallest_cache_limit']} bytes ({places})"]
     return lines
 
 

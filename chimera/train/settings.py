@@ -22,6 +22,7 @@ def _run_name(name: str) -> str:
 
 Share = Annotated[int | float | str, WithJsonSchema({"type": "share"})]
 Text = Annotated[str, Field(min_length=1)]
+Root = Annotated[Place, Field(min_length=1)]
 
 
 class PhaseSettings(Settings):
@@ -97,7 +98,11 @@ class TrainSettings(Settings):
     run_name: Annotated[Text, AfterValidator(_run_name)] = Field(
         "chimera", description="the run's name, in its folder and in the trackers"
     )
-    shards: Place = Field("./data/shards", min_length=1, description="a folder or address of shards")
+    shards: Root | Annotated[list[Root], Field(min_length=1)] | Annotated[dict[str, Root], Field(min_length=1)] = Field(
+        "./data/shards",
+        description="a folder or address of shards; or several: a list, or a mapping of each stream to its own; all of "
+        "one tokenizer",
+    )
     cache: Place = Field("./cache", min_length=1, description="folder of decompressed shards, and those fetched")
     cache_limit: Bytes | None = Field(None, description="of shards kept in `cache`, of a remote root; null: all")
     predownload: int = Field(8, ge=1, description="steps ahead that shards are fetched for")

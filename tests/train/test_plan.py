@@ -40,7 +40,15 @@ def test_the_config_alone_tells_what_is_needed(config: str, capsys: pytest.Captu
     assert "no shards at" in err
     # 12 steps of 4 blocks, 12 of 8, 6 + 10 of 16
     assert (about["steps"], about["tokens"]) == (40, (12 * 4 + 12 * 8 + 16 * 16) * 16)
-    chat = {"tokens": 112 * 16, "positions": 112 * 16, "padding": None, "blocks": 112, "held": None, "passes": None}
+    chat = {
+        "tokens": 112 * 16,
+        "positions": 112 * 16,
+        "padding": None,
+        "blocks": 112,
+        "held": None,
+        "passes": None,
+        "root": None,
+    }
     assert about["streams"]["chat"] == chat
     cuts = [
         (s["phase"], s["first_step"], s["last_step"], s["seq_len"], s["blocks_per_step"]) for s in about["segments"]

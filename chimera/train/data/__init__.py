@@ -1,1 +1,1 @@
-"""The shards of a root, and the batches of each step."""
+"""The shards of all roots, and the batches of each step."""

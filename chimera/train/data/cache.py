@@ -1,10 +1,11 @@
 """Raw shards on this machine: fetched, verified, decompressed, and kept within a limit.
 
-A shard is a file `CACHE/<stream>-<key>/<name>.mds`, the key a hash of its root and index, so that shards that were
-built again are noticed. Each has a lock file; under it a shard is downloaded to a temporary name, verified,
-decompressed, verified again, and renamed: what has its final name was whole once, and is verified again when a
-process first uses it. Killed at any point, nothing needs cleaning up; any number of processes and jobs may share a
-cache. Uncompressed shards of a local root are used where they are, and a root is never written to.
+A shard is a file `CACHE/<stream>-<key>/<name>.mds`, the key a hash of its root and index: shards that were built again
+are noticed, and streams of one name in several roots are kept apart. Each has a lock file; under it a shard is
+downloaded to a temporary name, verified, decompressed, verified again, and renamed: what has its final name was whole
+once, and is verified again when a process first uses it. Killed at any point, nothing needs cleaning up; any number of
+processes and jobs may share a cache. Uncompressed shards of a local root are used where they are, and a root is never
+written to.
 
 A mapped file may be removed: whoever has it mapped goes on reading it. So eviction needs no word from readers.
 """
@@ -23,6 +24,7 @@ from chimera.cli import UserError, say
 from chimera.files import lock_file
 from chimera.stores import is_remote
 from chimera.train.data.index import Shard, StoredFile, StreamIndex
+from chimera.train.data.places import Places, places_of, shown
 from chimera.train.data.remote import download
 from chimera.train.order import ordering
 
@@ -38,6 +40,8 @@ def smallest_cache(indexes: Iterable[StreamIndex], lanes: int) -> int:
     """Bytes that hold, of every stream and lane, two windows: what is shuffled together now, and next."""
     total = 0
     for index in indexes:
+        if index.in_place:
+            continue
         most = max(index.shards, key=lambda shard: shard.blocks)
         # a window ends with the piece that fills it, and a lane's run may begin and end inside a shard
         blocks = ordering.WINDOW_BLOCKS + 3 * most.blocks
@@ -46,23 +50,26 @@ def smallest_cache(indexes: Iterable[StreamIndex], lanes: int) -> int:
     return total
 
 
-class ShardCache:
-    """Opens shards of one root. `cache` is a local folder, `limit` in bytes of all raw shards in it."""
+def check_limit(shards: Places) -> None:
+    """Raise `UserError` where `cache_limit` is given, but no root of `shards` is remote."""
+    if not any(map(is_remote, places_of(shards))):
+        raise UserError(
+            f"setting `cache_limit` is given, but the shards at {shown(shards)} are local: nothing "
+            "can be fetched again once it is removed; delete the setting"
+        )
 
-    def __init__(self, root: str, cache: str, limit: int | None = None) -> None:
-        self.remote = is_remote(root)
-        if limit is not None and not self.remote:
-            raise UserError(
-                f"setting `cache_limit` is given, but the shards at {root} are local: nothing can be fetched again "
-                "once it is removed; delete the setting"
-            )
-        self.root, self.folder, self.limit = root, Path(cache), limit
+
+class ShardCache:
+    """Opens shards, of any root. `cache` is a local folder, `limit` in bytes of all raw shards in it."""
+
+    def __init__(self, cache: str, limit: int | None = None) -> None:
+        self.folder, self.limit = Path(cache), limit
         self._verified: set[tuple[Path, int, int]] = set()
 
     def open(self, index: StreamIndex, number: int) -> mmap.mmap:
         """Map a shard's raw bytes, fetching and verifying them if need be; raises `ShardError` naming the shard."""
         shard = index.shards[number]
-        if not self.remote and shard.zip is None:
+        if not index.remote and shard.zip is None:
             return self._open_in_place(index, shard)
         path = self.path(index, shard)
         try:
@@ -80,7 +87,7 @@ class ShardCache:
 
     def path(self, index: StreamIndex, shard: Shard) -> Path:
         """Where the cache keeps a shard."""
-        key = hashlib.sha256(f"{self.root}\n{index.fingerprint}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{index.root}\n{index.fingerprint}".encode()).hexdigest()[:16]
         return self.folder / f"{index.name}-{key}" / shard.raw.name
 
     def touch(self, index: StreamIndex, number: int) -> None:
@@ -118,8 +125,8 @@ class ShardCache:
         self._make_room(room, shard.raw.bytes)
         fetched = path.with_name(f".{path.name}.fetched")
         try:
-            for last in (False, True) if self.remote else (True,):
-                source = self._download(place, fetched) if self.remote else Path(place)
+            for last in (False, True) if index.remote else (True,):
+                source = self._download(place, fetched) if index.remote else Path(place)
                 if not source.is_file():
                     raise ShardError(f"shard {place} is missing: build the stream {index.name} again")
                 if source.stat().st_size == stored.bytes and _matches(source, stored):

@@ -42,13 +42,13 @@ def open_external(
             f"the shards at {root} are of convert/build_shards.py, but their manifest.json is missing: without it "
             "their padding would be trained on: finish the build, or the copy of it"
         )
-    block_len = stored_block_len(next(iter(indexes.values())), ShardCache(root, cache))
+    block_len = stored_block_len(next(iter(indexes.values())), ShardCache(cache))
     here = Path(tokenizer)
     if is_remote(tokenizer):
         files = [fetch(tokenizer, name, cache) for name in (FILES[0], *BESIDE)]
         here = next((file.parent for file in files if file is not None), here)
     opened = read_tokenizer(here, document_ends or "eos")
-    first = {name: first_blocks(index, ShardCache(root, cache), LOOKED_AT) for name, index in indexes.items()}
+    first = {name: first_blocks(index, ShardCache(cache), LOOKED_AT) for name, index in indexes.items()}
     if document_ends is None:
         for name, blocks in first.items():
             if doubt := doubtful_ends(blocks, opened, special_ids(opened.path)):

@@ -7,10 +7,9 @@ record of a shard has the same length. Names found in an index never become path
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from chimera.cli import UserError
 from chimera.manifest import Stream
 from chimera.stores import is_remote
 from chimera.text import one_line
-from chimera.train.data.shards import fetch, read_manifest
+from chimera.train.data.places import NAME, Places, Root, Roots
+from chimera.train.data.shards import fetch
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -60,7 +59,8 @@ class StreamIndex:
     """One split of one stream."""
 
     name: str
-    folder: str  # path or URL of the folder that holds index.json
+    root: str  # the shards root it is of, a path or URL
+    folder: str  # in it, the one that holds index.json
     fingerprint: str  # sha256 of index.json
     shards: tuple[Shard, ...]
     starts: bool = False  # its masks say where documents start (`ShardFormat.starts`)
@@ -73,6 +73,15 @@ class StreamIndex:
     @property
     def blocks(self) -> int:
         return int(self.shard_blocks.sum())
+
+    @property
+    def remote(self) -> bool:
+        return is_remote(self.root)
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether its shards are read where they are, and not from a cache."""
+        return not self.remote and all(shard.zip is None for shard in self.shards)
 
     @cached_property
     def has_masks(self) -> bool:
@@ -94,19 +103,22 @@ class StreamIndex:
         )
 
 
-def stream_names(root: str) -> set[str]:
-    """Streams at a local root; none at a remote one, which cannot be listed."""
-    folder = Path(root)
-    if is_remote(root) or not folder.is_dir():
-        return set()
-    return {p.name for p in folder.iterdir() if (p / "index.json").is_file() or (p / "train/index.json").is_file()}
+def open_indexes(shards: Places, cache: str, streams: Iterable[str]) -> dict[str, StreamIndex]:
+    """The train indexes of `streams`, each checked against its root's manifest where it has one."""
+    streams, roots = list(streams), Roots(shards, cache)
+    found = roots.locate(streams)
+    if streams and not found:
+        raise UserError(f"stream {streams[0]} has no train index at {roots}: correct the name, or build it")
+    return indexes_of(found, cache)
 
 
-def open_indexes(root: str, cache: str, streams: Iterable[str]) -> dict[str, StreamIndex]:
-    """The train indexes of `streams`, checked against the root's manifest where it has one."""
-    found = read_manifest(root, cache)
-    known = found[0].streams if found else {}
-    return {name: read_index(root, name, cache, known=known.get(name)) for name in streams}
+def indexes_of(roots: Mapping[str, Root], cache: str) -> dict[str, StreamIndex]:
+    """The train index of each stream, in its root."""
+    found = {}
+    for name, root in roots.items():
+        known = root.manifest.streams.get(name) if root.manifest else None
+        found[name] = read_index(root.place, name, cache, known=known)
+    return found
 
 
 def read_index(root: str, stream: str, cache: str, split: str = "train", known: Stream | None = None) -> StreamIndex:
@@ -142,7 +154,7 @@ def read_index(root: str, stream: str, cache: str, split: str = "train", known: 
         raise UserError(f"stream {stream} at {folder} has no column `tokens` (it has {names})")
     if any(shard.columns != shards[0].columns for shard in shards):
         raise UserError(f"stream {stream} at {folder}: its shards differ in their columns: build it again")
-    return StreamIndex(stream, folder, fingerprint, shards, known is not None and known.starts)
+    return StreamIndex(stream, root, folder, fingerprint, shards, known is not None and known.starts)
 
 
 def _shard(entry: dict[str, Any]) -> Shard:

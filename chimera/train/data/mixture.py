@@ -16,8 +16,9 @@ from streaming import StreamingDataset
 from torch.utils.data import get_worker_info
 
 from chimera.cli import UserError, parse_bytes
-from chimera.train.data.cache import ShardCache, smallest_cache
+from chimera.train.data.cache import ShardCache, check_limit, smallest_cache
 from chimera.train.data.index import open_indexes
+from chimera.train.data.places import Places
 from chimera.train.data.reader import BlockReader, Key
 from chimera.train.data.state import make_state, resume_step
 from chimera.train.order.ordering import RunOrder, Steps, digest
@@ -30,7 +31,7 @@ class MixtureDataset(StreamingDataset):
     """Iterates over steps: each item is this rank's part of one step's global batch.
 
     Args:
-        root: shards root, a folder or a URL.
+        root: shards root, a folder or a URL; or several, as in setting `shards`.
         cache: local folder for fetched and decompressed shards.
         plan: the run's step plan.
         seed: of the shuffles.
@@ -44,7 +45,7 @@ class MixtureDataset(StreamingDataset):
     def __init__(
         self,
         *,
-        root: str,
+        root: Places,
         cache: str,
         plan: Plan,
         seed: int,
@@ -62,7 +63,9 @@ class MixtureDataset(StreamingDataset):
         self.indexes = open_indexes(root, cache, plan.streams)
         self.order = RunOrder(plan, {name: index.shard_blocks for name, index in self.indexes.items()}, seed)
         limit = None if cache_limit is None else parse_bytes(cache_limit, "cache_limit")
-        self.cache = ShardCache(root, cache, limit)
+        self.cache = ShardCache(cache, limit)
+        if limit is not None:
+            check_limit(root)
         if limit is not None and limit < (least := smallest_cache(self.indexes.values(), self._lanes_of_node())):
             raise UserError(
                 f"setting `cache_limit` of {limit} bytes is too small: {least} hold what is shuffled together now "

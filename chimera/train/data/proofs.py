@@ -17,10 +17,11 @@ def proofs_of(shards: Shards, cache: str) -> dict[str, list[Json]]:
     for name, stream in shards.streams.items():
         if not stream.proof:
             continue  # built by others, or by a version that kept none
-        file = fetch(shards.root, name_of(name), cache, digest=stream.proof)
+        file = fetch(shards.root_of(name), name_of(name), cache, digest=stream.proof)
         packed = file.read_bytes() if file else b""
         if hashlib.sha256(packed).hexdigest() != stream.proof:
-            say(f"warning: {shards.root}/{name_of(name)} is not the manifest's: exports will not be proven on it")
+            at = f"{shards.root_of(name)}/{name_of(name)}"
+            say(f"warning: {at} is not the manifest's: exports will not be proven on it")
             continue
         short = (line for line in unpack(packed) if len(line["ids"]) <= TOKENS)
         found[name] = list(islice(short, LINES))

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -57,13 +57,17 @@ class ShardsTokenizer:
 
 @dataclass(frozen=True)
 class Shards:
-    """A shards root as its manifest describes it."""
+    """The shards of a run, in one root or several, as their manifests describe them."""
 
-    root: str
-    digest: str  # sha256 of manifest.json
+    where: str  # its root, or all of them, for messages
+    digest: str  # sha256 of manifest.json, or of those of several roots
     tokenizer: ShardsTokenizer
     block_len: int
     streams: dict[str, Stream]
+    roots: Mapping[str, str] = field(default_factory=dict)  # of each stream; left out: all are of `where`
+
+    def root_of(self, stream: str) -> str:
+        return self.roots.get(stream, self.where)
 
     def plan(self, settings: "TrainSettings") -> Plan:
         """The step plan of `settings` over these shards."""
@@ -78,11 +82,11 @@ class Shards:
         for name in streams:
             if name not in self.streams:
                 raise UserError(
-                    f"stream `{name}` (in `phases`) is not in the shards at {self.root}, which hold "
+                    f"stream `{name}` (in `phases`) is not in the shards at {self.where}, which hold "
                     f"{', '.join(sorted(self.streams))}: correct the name, or build it with convert/build_shards.py"
                 )
             if not self.streams[name].train.blocks:
-                raise UserError(f"stream `{name}` at {self.root} has no block in its train split")
+                raise UserError(f"stream `{name}` at {self.root_of(name)} has no block in its train split")
 
     def check_tokenizer(self, path: str | None) -> None:
         """Raise `UserError` unless `path` (a folder or tokenizer.json; None: not given) is the shards' tokenizer."""
@@ -94,7 +98,7 @@ class Shards:
             given, built = hashlib.sha256(file.read_bytes()).hexdigest(), self.tokenizer.digest
         if given != built:
             raise UserError(
-                f"setting `tokenizer`: {path} ({given[:12]}) is not the tokenizer the shards at {self.root} were "
+                f"setting `tokenizer`: {path} ({given[:12]}) is not the tokenizer the shards at {self.where} were "
                 f"built with ({built[:12]}): leave the setting out to take theirs, or build the shards with this one"
             )
 
@@ -126,7 +130,11 @@ def open_shards(root: str, cache: str) -> Shards:
             f"no shards at {root} (no manifest.json there): build them with `python convert/build_shards.py`, or "
             "set `shards` to where they are"
         )
-    manifest, digest = found
+    return as_described(root, cache, *found)
+
+
+def as_described(root: str, cache: str, manifest: Manifest, digest: str) -> Shards:
+    """The shards of a root whose manifest is read; raises `UserError` where its tokenizer is not there."""
     about = manifest.tokenizer
     path = fetch(root, "tokenizer/tokenizer.json", cache, digest=about.digest)
     if path is None:

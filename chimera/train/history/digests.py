@@ -6,6 +6,7 @@ from typing import Any
 from chimera.cli import UserError
 from chimera.text import one_line
 from chimera.train.data.index import StreamIndex, open_indexes
+from chimera.train.data.places import shown
 from chimera.train.history.runlog import Run
 from chimera.train.order.ordering import RunOrder, digest
 
@@ -22,7 +23,7 @@ def compare_digests(run: Run) -> tuple[list[int], str | None]:
     except UserError as error:
         return [], one_line(error)
     if other := other_shards(run.about, indexes):
-        return [], f"the shards at {run.settings.shards} are not the run's: {other}"
+        return [], f"the shards at {shown(run.settings.shards)} are not the run's: {other}"
     order = RunOrder(run.plan, {name: index.shard_blocks for name, index in indexes.items()}, run.settings.seed)
     logged = dict(zip(run.steps.tolist(), run.digests, strict=True))
     differing = []

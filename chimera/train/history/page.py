@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from chimera.text import NONE, amount, decimal, html, percent, size, span
+from chimera.train.data.places import shown
 from chimera.train.history.figures import figures, ranks
 from chimera.train.history.runlog import MixRow, Run, StageRow
 
@@ -205,7 +206,7 @@ def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
     versions = ", ".join(f"{html(k)} {html(v)}" for k, v in run.about.get("versions", {}).items())
     return (
         "<section><h2>Data</h2><dl>"
-        f"<dt>shards</dt><dd><code>{html(run.settings.shards)}</code></dd>"
+        f"<dt>shards</dt><dd><code>{html(shown(run.settings.shards))}</code></dd>"
         f"<dt>manifest, SHA-256</dt><dd><code>{html(run.about.get('manifest'))}</code></dd>"
         f"<dt>digests of steps {run.first} to {max(0, run.done - 1)}, SHA-256 over all</dt>"
         f"<dd><code>{run.digest}</code></dd>"

@@ -102,8 +102,8 @@ def evaluators(
             if dist.get_global_rank() == 0:
                 say(f"stream {stream} has no eval split: not evaluated")
             continue
-        index = read_index(shards.root, stream, settings.cache, "eval", known)
-        reader = BlockReader({stream: index}, ShardCache(shards.root, settings.cache), shards.block_len)
+        index = read_index(shards.root_of(stream), stream, settings.cache, "eval", known)
+        reader = BlockReader({stream: index}, ShardCache(settings.cache), shards.block_len)
         tokens, assistant = reader.read(np.zeros(count, np.int64), np.arange(count))
         for seq_len in lengths:
             blocks = EvalBlocks(tokens, assistant, seq_len, min(BATCH_BLOCKS, len(tokens)), rules, known.starts)

@@ -49,7 +49,7 @@ def evaluate(settings: TrainSettings, shards: Shards, plan: Plan, checkpoint: Pa
     found = evaluators(settings, shards, plan, rules, microbatch(settings, plan, 1, on_gpu))
     if not found:
         raise UserError(
-            f"no stream of the plan has an eval split in the shards at {shards.root}: build them with `eval_fraction` "
+            f"no stream of the plan has an eval split in the shards at {shards.where}: build them with `eval_fraction` "
             "above 0"
         )
     with warnings.catch_warnings():
@@ -83,6 +83,6 @@ def warn_of_other_shards(seen: dict[str, Any], shards: Shards) -> None:
     for name, blocks in seen["consumed"].items():
         if blocks and name in shards.streams and shards.streams[name].train.index != seen["fingerprints"][name]:
             say(
-                f"warning: stream {name} at {shards.root} is not the one that the checkpoint was trained on: its eval "
-                "split may hold other documents, also some that were trained on"
+                f"warning: stream {name} at {shards.root_of(name)} is not the one that the checkpoint was trained on: "
+                "its eval split may hold other documents, also some that were trained on"
             )

@@ -38,11 +38,15 @@ def check_ranks_agree(settings: TrainSettings, shards: Shards, plan: Plan) -> No
 
 def what_must_agree(settings: TrainSettings, shards: Shards, plan: Plan) -> dict[str, Any]:
     """What decides the steps and blocks of a rank, by its name in messages."""
-    mine = {f"setting `{key}`": value for key, value in leaves(settings.model_dump()) if key not in OF_A_NODE}
+    mine = {f"setting `{key}`": value for key, value in leaves(settings.model_dump()) if not _of_a_node(key)}
     mine |= {f"stream {name} at `shards`": (shards.streams[name].train.index or "")[:12] for name in plan.streams}
     mine["the shards' tokenizer"] = shards.tokenizer.digest[:12]
     mine["the version of chimera"] = chimera.__version__
     return mine
+
+
+def _of_a_node(key: str) -> bool:
+    return key in OF_A_NODE or key.partition(".")[0] in OF_A_NODE  # `shards` may be several
 
 
 def first_difference(ranks: Sequence[Mapping[str, Any]]) -> str | None:

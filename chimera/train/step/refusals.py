@@ -9,7 +9,7 @@ from pathlib import Path
 from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError, parse_bytes
 from chimera.text import counted
-from chimera.train.data.cache import ShardCache
+from chimera.train.data.cache import check_limit
 from chimera.train.data.external_shards import NO_PADDING, turn_end
 from chimera.train.data.shards import Shards
 from chimera.train.order.run_plan import end_step, eval_lengths
@@ -37,7 +37,7 @@ def refusals(settings: TrainSettings, plan: Plan, shards: Shards | None, stored:
     ]
     if settings.cache_limit is not None:
         limit = settings.cache_limit
-        checks.append(lambda: ShardCache(settings.shards, settings.cache, parse_bytes(limit, "cache_limit")))
+        checks += [lambda: parse_bytes(limit, "cache_limit"), lambda: check_limit(settings.shards)]
     if stored and settings.eval.interval:
         checks.append(lambda: eval_lengths(settings, plan))
     if shards is not None:
@@ -63,7 +63,7 @@ def check_ends(shards: Shards, plan: Plan) -> None:
     tokenizer = shards.tokenizer
     if tokenizer.pad_id == tokenizer.eos_id:
         raise UserError(
-            f"the shards at {shards.root} have {tokenizer.eos_token} for padding and for the end of a document, which "
+            f"the shards at {shards.where} have {tokenizer.eos_token} for padding and for the end of a document, which "
             "must differ: build them with another `tokenizer.pad_token`"
         )
     for name in plan.streams:
@@ -95,7 +95,7 @@ def cautions(settings: TrainSettings, shards: Shards | None) -> Iterator[str]:
     if end := turn_end(Path(settings.tokenizer)):  # of shards made by others
         yield (
             f"setting `tokenizer`: its eos_token {end} also ends the turns of its chat template: if the shards at "
-            f"{shards.root} hold chats, each turn counts as a document of its own: name a folder whose eos_token ends "
+            f"{shards.where} hold chats, each turn counts as a document of its own: name a folder whose eos_token ends "
             "documents alone"
         )
 

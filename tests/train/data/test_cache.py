@@ -123,7 +123,7 @@ def test_a_shard_that_is_missing_at_its_source_is_named(root: Path, remote: str,
 def test_a_shard_that_could_not_be_fetched_ahead_is_fetched_when_it_is_needed(root: Path, tmp_path: Path) -> None:
     """Its source was out of reach for a moment, maybe hours before."""
     indexes = open_indexes(str(root), str(tmp_path / "cache"), ["en"])
-    reader = BlockReader(indexes, ShardCache(str(root), str(tmp_path / "cache")), BLOCK_LEN)
+    reader = BlockReader(indexes, ShardCache(str(tmp_path / "cache")), BLOCK_LEN)
     (root / "en").rename(root / "elsewhere")
     reader.fetch_ahead([("en", 0), ("en", 1)])
     with pytest.raises(ShardError, match="is missing"):
@@ -271,7 +271,7 @@ def test_a_size_that_is_none_is_refused() -> None:
 def test_remains_of_a_killed_fetch_make_room(remote: str, tmp_path: Path) -> None:
     indexes = open_indexes(remote, str(tmp_path / "cache"), STREAMS)
     limit = 3 * indexes["en"].shards[0].raw.bytes
-    cache = ShardCache(remote, str(tmp_path / "cache"), limit)
+    cache = ShardCache(str(tmp_path / "cache"), limit)
     cache.open(indexes["en"], 0)
     path = cache.path(indexes["en"], indexes["en"].shards[1])
     path.with_name(f".{path.name}.part").write_bytes(bytes(2 * indexes["en"].shards[0].raw.bytes))

@@ -136,10 +136,10 @@ def test_a_run_trains_on_them_with_the_tokenizer_the_config_names(demo_shards: P
     (tmp_path / "tokenizer/tokenizer.json").write_bytes((demo_shards / "tokenizer/tokenizer.json").read_bytes())
     config = [
         *(str(ROOT / "yamls/demo/base.yaml"), *SMALL),
-        f"shards={tmp_path}/old",
+        f"shards=[{tmp_path}/old, {demo_shards}]",  # and one of ours beside them
         f"cache={tmp_path}/cache",
         f"save_folder={tmp_path}/run",
-        "phases=[{name: all, steps: 6, proportions: {one: 0.5, two: 0.5}}]",
+        "phases=[{name: all, steps: 6, proportions: {one: 0.5, two: 0.25, it_culturax: 0.25}}]",
         "scheduler.decay_steps=2",
     ]
     with pytest.raises(UserError, match="no shards at"):
@@ -149,7 +149,9 @@ def test_a_run_trains_on_them_with_the_tokenizer_the_config_names(demo_shards: P
         main(config)
     (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     assert main(config) == 0
-    assert [line["streams"] for line in steps_of(tmp_path / "run")][:2] == [{"one": 256, "two": 256}] * 2
+    assert [line["streams"] for line in steps_of(tmp_path / "run")][:2] == [
+        {"one": 256, "two": 128, "it_culturax": 128}
+    ] * 2
 
 
 BOS_ID, EOS_ID, OPEN_ID = 510, 511, 512  # of a folder of Llama 3's kind: <|eot_id|> is its EOS

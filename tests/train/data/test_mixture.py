@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from chimera.cli import UserError
 from chimera.train.data.mixture import MixtureDataset
+from chimera.train.data.places import Places
 from chimera.train.data.state import StateMismatch
 from chimera.train.order.ordering import digest, step_blocks
 from chimera.train.order.schedule import Plan
@@ -32,8 +33,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def dataset(root: Path | str, cache: Path, plan: Plan = PLAN, **changes: Any) -> MixtureDataset:
-    return MixtureDataset(root=str(root), cache=str(cache), plan=plan, **{"seed": 17, **changes})
+def dataset(root: Places | Path, cache: Path, plan: Plan = PLAN, **changes: Any) -> MixtureDataset:
+    return MixtureDataset(
+        root=str(root) if isinstance(root, Path) else root, cache=str(cache), plan=plan, **{"seed": 17, **changes}
+    )
 
 
 def loader(data: MixtureDataset, workers: int) -> Iterator[dict[str, Any]]:
@@ -46,7 +49,9 @@ def sequences(record: dict[str, Any]) -> np.ndarray:
     return record["tokens"].reshape(-1, record["seq_len"])[first : first + record["sequences"]]
 
 
-def global_batches(root: Path, cache: Path, ranks: int, workers: int, start: int = 0, plan: Plan = PLAN) -> list:
+def global_batches(
+    root: Places | Path, cache: Path, ranks: int, workers: int, start: int = 0, plan: Plan = PLAN
+) -> list:
     """(step, digest, the global batch's tokens) of every step from `start`, put together from all ranks."""
     state = dataset(root, cache, plan).state_dict(plan.sequences_before(start), True)
     iterators = []
