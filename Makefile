@@ -5,7 +5,7 @@ OLDEST := .venv-oldest/bin
 # Where Python is told to keep no bytecode (many CI images), each of the hundred processes below compiles torch anew: 10 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-oldest test-oldest-core lint chaos gpu lock clean
+.PHONY: demo test test-oldest test-oldest-core lint docs chaos gpu lock clean
 
 .venv/.ready: setup.cfg constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -42,6 +42,12 @@ test-oldest-core: .venv-oldest/.ready
 		tests/train/test_both_stacks.py tests/train/step/test_model.py tests/train/step/test_rotary.py tests/train/test_export_hf.py tests/train/export \
 		tests/train/step/test_gpu_paths.py tests/train/data/test_state.py
 
+# The site, from docs/: a link that leads nowhere ends it. To read it: python -m http.server -d site
+docs: .venv/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/site_pages.py build/pages
+	$(BIN)/zensical build --strict --clean
+
 chaos: .venv/.ready
 	$(BIN)/python -m pytest -m chaos -s
 
@@ -53,8 +59,8 @@ gpu: .venv/.ready
 lock: .venv/.ready
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 setup.cfg --extra test -c constraints-oldest.txt \
 		--no-header --no-annotate -o constraints-oldest.txt
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --override overrides.txt setup.cfg --extra test \
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --override overrides.txt setup.cfg --extra test --extra docs \
 		--no-header --no-annotate -o constraints.txt
 
 clean:
-	rm -rf demo runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo runs build dist site .pytest_cache .mypy_cache .ruff_cache

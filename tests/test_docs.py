@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 
 import chimera
+from docs import site_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+IN_A_ROW = ("own-data.md", "resume.md", "other-data.md")  # each goes on with what those before it made
 BLOCK = re.compile(r"^```(sh|python)( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -76,9 +78,9 @@ def test_readme_commands_run(checkout: Path) -> None:
     assert (checkout / "demo/short/ep0-ba2-rank0.pt").exists()
 
 
-def test_own_data_and_resume_pages_run_one_after_the_other(checkout: Path, warm: Path) -> None:
+def test_pages_that_go_on_from_own_data_run_one_after_the_other(checkout: Path, warm: Path) -> None:
     printed = ""
-    for page in ("own-data.md", "resume.md"):
+    for page in IN_A_ROW:
         for block in blocks(ROOT / "docs" / page):
             if block.run:
                 printed = run(checkout, block.text, block, warm)
@@ -89,7 +91,7 @@ def test_own_data_and_resume_pages_run_one_after_the_other(checkout: Path, warm:
     assert "mine-b" not in os.listdir(checkout / "mine")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", "own-data.md", "resume.md")], ids=str)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", *IN_A_ROW)], ids=str)
 def test_commands_of_the_other_pages_run(page: Path, checkout: Path, warm: Path) -> None:
     for block in blocks(page):
         if block.run and block.language == "python":
@@ -162,10 +164,29 @@ def test_every_file_has_its_line_in_the_map() -> None:
     assert found == there
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+SITE = [*PAGES[1:], *(ROOT / name for name in site_pages.PROJECT_PAGES)]  # README.md is not of it: it leads there
+
+
+def anchors(page: Path) -> set[str]:
+    """Where a link may lead in a page: its headings, as Git hosts and the site name them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {site_pages.anchor(re.sub(r"`|\]\(.*?\)|\[", "", m)) for m in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", [PAGES[0], *SITE], ids=str)
+def test_links_lead_to_what_is_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target, place in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not place or place in anchors(there), f"{page.name}: {target}#{place}"
+        if page != PAGES[0] and there.suffix == ".md":
+            assert there in SITE, f"{page.name}: {target} is no page of the site"
+
+
+def test_the_site_names_every_page_once() -> None:
+    named = re.findall(r'" = "(\S+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(page.name.replace("README", "index") for page in SITE)
 
 
 def test_the_tests_that_security_names_are_there() -> None:
