@@ -7,6 +7,8 @@ and option names are checked, and nothing is run. `composer` commands run as the
 use; of README's, which trains the demo's, the first steps.
 """
 
+import importlib
+import json
 import os
 import re
 import shlex
@@ -15,10 +17,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
 
 import chimera
+from chimera import manifest
 from docs import site_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +94,7 @@ def test_pages_that_go_on_from_own_data_run_one_after_the_other(checkout: Path, 
     assert (checkout / "mine/hf/model.safetensors").exists()
     assert (checkout / "mine/run/ep0-ba40-rank0.pt").exists()
     assert "mine-b" not in os.listdir(checkout / "mine")
+    check_formats(checkout / "mine/shards", checkout / "mine/run")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", *IN_A_ROW)], ids=str)
@@ -140,10 +146,56 @@ def check_settings(script: str, words: list[str], where: str) -> None:
         assert not overrides or configs, where
 
 
-def test_the_page_of_settings_is_what_the_fields_say() -> None:
-    from docs import settings_page
+@pytest.mark.parametrize("name", ["settings_page", "commands_page", "api_page"])
+def test_pages_made_from_the_code_say_what_it_says(name: str) -> None:
+    made = importlib.import_module(f"docs.{name}")
+    assert made.PAGE.read_text(encoding="utf-8") == made.page(), f"run `python docs/{name}.py`"
 
-    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), "run `python docs/settings_page.py`"
+
+def test_the_page_of_commands_has_all_of_them() -> None:
+    from docs.commands_page import COMMANDS
+
+    named = set(re.findall(r"(chimera-\S+) = ", (ROOT / "setup.cfg").read_text(encoding="utf-8")))
+    assert {wheel for _, wheel in COMMANDS.values()} == named | {"composer -m chimera.train"}
+    assert all((ROOT / checkout.split()[1]).is_file() for checkout, _ in COMMANDS.values())
+
+
+def keys_of(section: str) -> set[str]:
+    """The keys in the tables of a section of the page of formats."""
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    lines = re.split(r"^#+ ", text, flags=re.MULTILINE)
+    found = next(part for part in lines if part.startswith(f"{section}\n"))
+    return {key for row in re.findall(r"^\| (`.*?) \|", found, re.MULTILINE) for key in re.findall(r"`(\S+?)`", row)}
+
+
+def test_the_page_of_formats_has_every_field_of_a_manifest() -> None:
+    models = {"Manifest": manifest.Manifest, "`tokenizer`": manifest.Tokenizer, "`streams.NAME`": manifest.Stream}
+    models |= {"`streams.NAME.rows`": manifest.Rows, "`streams.NAME.template`": manifest.ChatTemplate}
+    models |= {"`streams.NAME.train`, `streams.NAME.eval`": manifest.Split}
+    for section, model in models.items():
+        assert keys_of(section) == set(model.model_fields), section
+
+
+def check_formats(shards: Path, run: Path) -> None:
+    """The files of a build and a run have the keys that the page of formats says."""
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        data = path.read_bytes()
+        text = zstandard.ZstdDecompressor().decompressobj().decompress(data) if path.suffix == ".zst" else data
+        return [json.loads(line) for line in text.splitlines()]
+
+    for line in [line for path in shards.glob("rejects/*") for line in lines(path)]:
+        assert {*line, "raw_length"} | {"line", "row"} == keys_of("Rejects")
+    for path in shards.glob("proof/*"):
+        assert set(lines(path)[0]) in ({"text", "ids"}, keys_of("Proof"))
+    entry = json.loads(next(shards.glob("*/train/index.json")).read_text())["shards"][0]
+    assert set(entry) | {"tokens", "assistant"} == keys_of("Index and shards")
+    config = json.loads((run / "config.json").read_text())
+    assert set(config) == keys_of("Config")
+    assert set(lines(run / "starts.jsonl")[0]) == {"from_step", "ranks", "versions", "manifest"}
+    assert set(lines(run / "steps.jsonl")[0]) == keys_of("Steps")
+    beginnings = tuple(key.split("STREAM")[0] for key in keys_of("Metrics"))
+    assert all(key == "step" or key.startswith(beginnings) for line in lines(run / "metrics.jsonl") for key in line)
 
 
 def test_every_file_has_its_line_in_the_map() -> None:
