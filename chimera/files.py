@@ -84,7 +84,7 @@ def lock_file(path: Path, wait: bool) -> Iterator[bool]:
     With `wait` it is ours once they are done, unless they removed the file: then others may hold one made since.
     """
     with open(path, "a") as file:
-        yield try_lock(file.fileno(), path, wait) and _is_at(path, file.fileno())
+        yield try_lock(file.fileno(), path, wait) and is_at(path, file.fileno())
 
 
 def try_lock(descriptor: int, path: Path, wait: bool = False) -> bool:
@@ -103,7 +103,7 @@ def try_lock(descriptor: int, path: Path, wait: bool = False) -> bool:
     return True
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def is_at(path: Path, descriptor: int) -> bool:
     """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))

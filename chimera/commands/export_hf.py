@@ -32,20 +32,23 @@ def main(argv: Sequence[str]) -> int:
     check_versions()
     if is_remote(str(args.out)):
         raise UserError(f"{args.out} is not a folder here: an export is written to one, and can be copied from there")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    out = args.out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{args.out} is not empty: give a new folder")
+    if out == Path.cwd() or out.is_mount():
+        raise UserError(f"{args.out} cannot be replaced by an export, though it is empty: give a new folder in it")
 
     remote = is_remote(args.checkpoint)
     from chimera.train.export.folder import export
 
     if not remote:
-        export(Path(args.checkpoint), args.out, args.dtype, template=args.template)
+        export(Path(args.checkpoint), out, args.dtype, template=args.template)
     else:
         from chimera.train.run.run_store import fetch
 
         with tempfile.TemporaryDirectory(prefix="chimera-export-") as folder:
             fetch(args.checkpoint, fetched := Path(folder, "checkpoint.pt"))
-            export(fetched, args.out, args.dtype, template=args.template)
+            export(fetched, out, args.dtype, template=args.template)
     say(f"{args.out}: model, tokenizer and card written; it loads, and gives what the checkpoint was trained to")
     return 0
 

@@ -94,7 +94,7 @@ def checkpoint_of(
     state = {
         "model": built.state_dict(),
         "callbacks": {"About": about.state_dict()},
-        "dataset_state": {"train": make_state(plan, 17, {}, 2)},
+        "dataset_state": {"train": make_state(plan, 17, dict.fromkeys(shards.streams, ""), 2)},
     }
     torch.save({"state": state}, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"

@@ -39,8 +39,9 @@ def prove(model: Any, folder: Path, about: Mapping[str, Any], trained: Trained, 
         longest: tokens of the longest sequences it was trained on.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        options = {"local_files_only": True, "output_loading_info": True, dtype_keyword(): model.dtype}
+        local = {"local_files_only": True, "trust_remote_code": False}  # unasked, it would ask on a terminal
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        options = {**local, "output_loading_info": True, dtype_keyword(): model.dtype}
         again, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # whatever a file of the base that this version cannot read raises
         raise _differs(f"it does not load: {type(error).__name__}: {one_line(error)[:300]}") from None
@@ -181,6 +182,10 @@ def check_ends(model: Any, ends: Sequence[int]) -> None:
     ids = torch.tensor([[5, 6, 7]])
     for end in ends:
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 0}
-        made = model.generate(ids, logits_processor=[_Says(end)], **options)
+        try:
+            made = model.generate(ids, logits_processor=[_Says(end)], **options)
+        except Exception as error:  # of many kinds, by what its configuration asks for
+            why = f"{type(error).__name__}: {one_line(error)[:200]}"
+            raise _differs(f"`generate` fails with its generation_config.json: {why}") from None
         if made.shape[1] != ids.shape[1] + 1:
             raise _differs(f"`generate` goes on after token {end}, which ends a text or a turn")

@@ -54,6 +54,7 @@ def spoken(
     if CONFIG not in kept and "tokenizer.json" not in kept:
         return _from_nothing(about, trained, ends, context)
     found = Spoken({name: data for name, data in kept.items() if name != "config.json"})
+    _leave_code_out(found)
     _grow(found, about)
     _settle_bos(found, about.get("bos", []))
     _settle_template(found, about, trained)
@@ -146,6 +147,15 @@ def _grow(found: Spoken, about: Mapping[str, Any]) -> None:
         found.changes.append(f"the vocabulary: {counted(len(new), 'token')} more ({some})")
 
 
+def _leave_code_out(found: Spoken) -> None:
+    """Name no class of a base's own code, which an export does not hold: its tokenizer.json says all of it."""
+    config = found.json(CONFIG)
+    if "auto_map" in config:
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+        found.write_json(CONFIG, of_no_class(config))
+        found.changes.append("tokenizer_config.json: no code of the base's own, but the class of tokenizer.json")
+
+
 def _settle_bos(found: Spoken, bos: Sequence[int]) -> None:
     """What each text began with in training stands before a text, where the base's tokenizer puts something else."""
     if not bos:
@@ -186,6 +196,7 @@ def _settle_template(found: Spoken, about: Mapping[str, Any], trained: Trained) 
     """The trained template, unless the base's says the same, and in both of the places where readers look."""
     config, own = found.json(CONFIG), _templates(found)
     texts = trained.template.texts if trained.template else {}
+    older = config.get("chat_template")
     said = all(_names(config, trained.named) and own.get(name) == text for name, text in texts.items())
     if not said and not (trained.template == CHATML and _asks_the_same(about, config, own.get("default"))):
         whose = "ChatML" if trained.template == CHATML else f"the one of {' and '.join(trained.streams)}"
@@ -201,6 +212,9 @@ def _settle_template(found: Spoken, about: Mapping[str, Any], trained: Trained) 
         found.files.setdefault(JINJA, own["default"].encode())
         if config.get("chat_template") is None:
             found.changes.append("tokenizer_config.json: it also holds the chat template, where older readers look")
+            config["chat_template"] = own["default"]
+        elif isinstance(older, str) and older != own["default"] and texts:
+            found.changes.append("tokenizer_config.json: the chat template of chat_template.jinja, as was trained")
             config["chat_template"] = own["default"]
     if config.get("tokenizer_class") == "TokenizersBackend":
         found.changes.append("tokenizer_config.json: its class by the name that transformers 4 knows too")

@@ -1,9 +1,15 @@
-"""The model folder that a run goes on from: what of it an export keeps, and whether its tokenizer is the shards'."""
+"""The model folder that a run goes on from: what of it an export keeps, whether it is read, and whose tokenizer it has.
+
+A checkpoint holds these files, and checkpoints may be anybody's: an export checks them as a start does.
+"""
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from chimera.cli import UserError
 from chimera.text import one_line
@@ -14,7 +20,38 @@ KEPT = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|.*\.(model|tiktoken|jinja)|tekken\.json|chat_template\.json|generation_config\.json|config\.json"
 )
+PLACE = re.compile(r"(additional_chat_templates/)?[^/\\\0-\x1f\x7f]{1,200}")  # of one of them in the folder
 MOST = 100 << 20  # bytes of one of them; a `.model` above is no tokenizer
+Id = Annotated[int, Field(strict=True, ge=-1, lt=1 << 63)]  # -1: none, to some
+
+
+class _Template(BaseModel):
+    name: str
+    template: str
+
+
+class _Tokenizer(BaseModel):
+    """What is read of a tokenizer_config.json; other keys are the tokenizer's own."""
+
+    model_config = ConfigDict(strict=True)
+    chat_template: str | list[_Template] | dict[str, str] | None = None
+    model_max_length: int | float | None = None
+    tokenizer_class: str | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    bos_token: str | dict[str, Any] | None = None
+    eos_token: str | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+
+
+class _Generation(BaseModel):
+    """Likewise of a generation_config.json."""
+
+    bos_token_id: Id | None = None
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: Id | None = None
+
+
+KINDS: dict[str, Any] = {"tokenizer_config.json": _Tokenizer, "generation_config.json": _Generation}
 
 
 def base_files(folder: str) -> dict[str, bytes]:
@@ -28,6 +65,29 @@ def base_files(folder: str) -> dict[str, bytes]:
     }
 
 
+def check_files(files: Mapping[str, bytes], where: str) -> None:
+    """Raise `UserError` for a file of a base that an export could not read, or whose name is none of a base's.
+
+    Args:
+        files: as `base_files` has them, maybe from a checkpoint of elsewhere.
+        where: what they are of, in words.
+    """
+    for name, data in files.items():
+        if not (PLACE.fullmatch(name) and KEPT.fullmatch(name.rpartition("/")[2])):
+            raise UserError(f"{where}: {name!r} is no file of a model folder that is kept")
+        try:
+            if name.endswith(".json"):
+                TypeAdapter(KINDS.get(name, dict[str, Any])).validate_python(json.loads(data))
+            elif name.endswith(".jinja"):
+                data.decode()
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = f"`{first['loc'][0]}`: " if first["loc"] else ""
+            raise UserError(f"{where}: {name}: {key}{one_line(first['msg'])}: correct it") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: {name} cannot be read: {one_line(error)[:200]}") from None
+
+
 def check_pretrained(folder: Any, shards_tokenizer: Path) -> None:
     """Raise `UserError` if a model folder's tokenizer gives a text other ids than the shards' tokenizer does.
 
@@ -35,8 +95,11 @@ def check_pretrained(folder: Any, shards_tokenizer: Path) -> None:
     """
     if folder is not None and not isinstance(folder, str):
         raise UserError(f"setting `model.pretrained` is {folder!r}; it is the path of a folder")
-    theirs = None if folder is None else Path(folder, "tokenizer.json")
-    if theirs is None or not theirs.exists():
+    if folder is None:
+        return
+    check_files(base_files(folder), f"setting `model.pretrained`: {folder}")
+    theirs = Path(folder, "tokenizer.json")
+    if not theirs.exists():
         return
     known, ours = _read(theirs), _read(shards_tokenizer)
     if difference := _difference(known, ours):
