@@ -253,7 +253,7 @@ def test_a_template_without_an_end_or_with_padding_inside_is_refused(tmp_path: P
 
 def test_later_prompts_that_a_server_would_cut_otherwise_are_said(chats: Any) -> None:
     said = chats("qwen").prove([USER, ("assistant", "\n\nDorme."), USER, SAID])
-    assert said.endswith("in 1 conversation of a sample; 1 later prompt would be cut otherwise by a server")
+    assert "in 1 conversation of a sample; before 1 later answer a server, which encodes what was said as one" in said
 
 
 def test_texts_like_control_tokens_are_left_out_of_the_proof_and_said(chats: Any) -> None:
