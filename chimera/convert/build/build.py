@@ -204,7 +204,7 @@ def summary(stream: Stream, limit: int | None) -> str:
     ]
     for says, counts in (
         ("longer than a block", stream.too_long),
-        ("turns", stream.turns),
+        ("answers not learned", {why: count for why, count in stream.turns.items() if why != "each"}),
         ("fields passed over", stream.ignored),
     ):
         if counts:
@@ -212,8 +212,9 @@ def summary(stream: Stream, limit: int | None) -> str:
             named = ", ".join(f"{count} {one_line(name)}" for name, count in [*counts.items()][:8])
             dropped.append(f"{says}: {named}{more}")
     reasons = f" ({'; '.join(dropped)})" if dropped else ""
+    each = ", one an answer," if "each" in stream.turns else ""
     short = f", all there are (max_tokens: {limit})" if limit and train.tokens < limit else ""
     return (
-        f"{rows.documents} documents of {rows.read} rows{reasons}; to train on: {train.tokens} tokens in "
+        f"{rows.documents} documents{each} of {rows.read} rows{reasons}; to train on: {train.tokens} tokens in "
         f"{train.blocks} blocks{short}"
     )

@@ -29,7 +29,7 @@ def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, outp
     proofs = {name: proof(plan, name, work) for name in parts}
     manifest = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
     check_sums(manifest)
-    check_streams(manifest)
+    check_streams(manifest, plan, work)
     _publish_shards(plan, parts, work, output)
     for name, states in parts.items():
         stream = plan.streams[name]
@@ -155,7 +155,7 @@ def check_sums(manifest: Manifest) -> None:
             _equal(name, f"{split} tokens", found.blocks * manifest.block_len, found.tokens + found.padding)
 
 
-def check_streams(manifest: Manifest) -> None:
+def check_streams(manifest: Manifest, plan: BuildPlan, work: Path) -> None:
     """Refuse to publish a stream without a single document: its column or format is not that of its source."""
     for name, stream in manifest.streams.items():
         if not stream.train.documents:
@@ -164,8 +164,16 @@ def check_streams(manifest: Manifest) -> None:
             counts = ", ".join(f"{n} {reason}" for reason, n in found.items())
             raise UserError(
                 f"streams.{name}: no document for training in {stream.rows.read} rows ({counts or 'no row'}): fix its "
-                "`format`, `column` or `sources` and set `rebuild=true`"
+                f"`format`, `column` or `sources` and set `rebuild=true`{_rejects(plan.streams[name], work)}"
             )
+
+
+def _rejects(stream: StreamPlan, work: Path) -> str:
+    """Where the rejected rows of an unfinished build are to be seen, if there are any."""
+    files = [stream.part_folder(work, index) / "rejects.jsonl" for index in range(len(stream.parts))]
+    held = [str(file) for file in files if file.exists() and file.stat().st_size]
+    more = f" and {len(held) - 1} more beside it" if len(held) > 1 else ""
+    return f" (until then the rejected rows, with reasons, are in {held[0]}{more})" if held else ""
 
 
 def _equal(stream: str, what: str, left: int, right: int) -> None:

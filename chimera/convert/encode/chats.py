@@ -6,7 +6,9 @@ does when it is last. Else it is seen, and counted by why it is not learned:
 
 - `prompt`: what the template renders of it does not begin with the prompt that the model gets for it;
 - `rewritten`: the template shows it otherwise once turns follow (Qwen 3 drops its reasoning);
-- `no_end`: no control token ends it.
+- `no_end`: no control token ends it;
+- `generation`: the template has `{% generation %}` blocks, which mark what a model says, and none of it stands in one.
+  (They say no more than that: many take in a header, or leave the end of the turn out.)
 
 A row is rejected if the template refuses it (`template_error`), leaves out a text of it (`lost:ROLE`; of an answer that
 is to be learned its beginning, too) or a field (`unused_field:NAME`), reads a broken control token otherwise
@@ -69,10 +71,13 @@ class ChatRenderer:
         """The answers that are learned, by their message's place, and why others are not."""
         answers: dict[int, Answer] = {}
         reasons = []
+        generated = self.renderer.generated(messages, tools)
         for index in (index for index, learned in enumerate(trained) if learned):
             found = self._answer(messages, tools, index, whole)
             if isinstance(found, str):
                 reasons.append(found)
+            elif generated is not None and not any(a < found.end and b > found.begin for a, b in generated):
+                reasons.append("generation")
             else:
                 answers[index] = found
         return answers, reasons

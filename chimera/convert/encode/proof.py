@@ -5,7 +5,7 @@ is stored before its first answer equals the prompt that a server makes. A conve
 tokens has no such equal (a server makes control tokens of them), and is left out.
 
 Later prompts: a server tokenizes the history whole, while what is stored was cut where each earlier answer began. Where
-that gives other ids (an answer that begins with white space), it is counted and said.
+that gives other ids (an answer that begins with white space), it is counted and said: neither can be changed.
 """
 
 from collections import Counter
@@ -63,7 +63,12 @@ def prove_sample(
     left = (
         f" ({found['like control tokens']} more hold text like control tokens)" if found["like control tokens"] else ""
     )
-    later = f"; {counted(found['later'], 'later prompt')} would be cut otherwise by a server" if found["later"] else ""
+    later = ""
+    if found["later"]:
+        later = (
+            f"; before {counted(found['later'], 'later answer')} a server, which encodes what was said as one text, "
+        )
+        later += "has other ids than the shards, which encode each answer as the model wrote it"
     return f"ids equal apply_chat_template's in {counted(found['proven'], 'conversation')} of a sample{left}{later}"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from chimera.convert.settings import BuildSettings, StreamSettings, TokenizerSettings
 
 Message = dict[str, Any]
+_GENERATION = re.compile(r"{%[-+]?\s*generation\b")
 LARGE = 1 << 26  # bytes: a file beside a tokenizer that is no part of it, such as a model's weights
 
 
@@ -53,6 +55,18 @@ class Renderer:
             return self.render(messages, tools, prompt)
         except Reject:
             return None
+
+    def generated(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[tuple[int, int]] | None:
+        """Where the rendering has what stands in `{% generation %}` blocks; `None`: the template has none."""
+        texts = self.template.texts
+        if not _GENERATION.search(texts["tool_use" if tools and "tool_use" in texts else "default"]):
+            return None
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+
+        options = {"tools": tools or None, "documents": None, "add_generation_prompt": False, **self.template.tokens}
+        return list(_render_with_assistant_indices(self.compiled(tools), messages, **options)[1])
 
     def compiled(self, tools: object) -> Any:
         """The template for a conversation with or without tools, its date frozen."""

@@ -60,6 +60,11 @@ def sizes_of_transformers() -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ or error  # behind that of the validation in transformers 5
+        if "scaled_dot_product_attention yet" in str(cause):
+            raise UserError(
+                f"setting `attn_implementation: sdpa`: a {str(cause).partition(' ')[0]} of the installed transformers "
+                "has none: set `attn_implementation=eager`, or flex_attention on a GPU"
+            ) from None
         raise UserError(f"setting `model`: {type(cause).__name__}: {one_line(cause)[:300]}") from None
 
 

@@ -206,7 +206,8 @@ def test_a_stream_without_a_document_is_refused_with_the_reasons(
 ) -> None:
     settings = builds.config(sources, tmp_path / "out")
     settings["streams"] = {"s": {"sources": [{"files": [f"{sources}/plain.jsonl"]}], "min_chars": 100_000}}
-    with pytest.raises(UserError, match=r"streams\.s: no document .* 151 rows \(150 too_short, 1 unparseable\)"):
+    said = r"streams\.s: no document .* 151 rows \(150 too_short, 1 unparseable\).*rejected rows, with reasons, are in "
+    with pytest.raises(UserError, match=said + r".*/parts-\w+/s/\d+/rejects\.jsonl\)"):
         builds.build_here(settings)
     said = capsys.readouterr().err
     assert re.search(

@@ -171,6 +171,20 @@ def test_an_answer_that_does_not_begin_with_its_prompt_is_counted_as_such(chats:
     assert made.read(learned).counted == (("turns", "prompt"),)
 
 
+def test_what_stands_in_no_generation_block_is_seen_and_not_learned(tmp_path: Path) -> None:
+    """The blocks take in a header, and leave out what ends the turn: of an answer in one the same is learned."""
+    said = "{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}"
+    block = "{% generation %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+    last = f"{{% if m.role == 'assistant' and loop.last %}}{block}{{% else %}}{said}{{% endif %}}"
+    template = "{% for m in messages %}" + last + "{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    made = Chats(replace(FAMILIES["smol"], template=template), tmp_path)
+    assert made.learned(TWICE) == "Mangia il pesce.<|im_end|>"
+    assert made.read(TWICE).counted == (("turns", "generation"),)
+    assert made.why([*TWICE, ("user", "Sì?")]) == "generation"
+    assert "in 2 conversations" in made.prove(TWICE, [USER, SAID])
+
+
 def test_each_answer_is_a_document_of_its_own_where_turns_says_so(chats: Any) -> None:
     made = chats("qwen", turns="each")
     found = made.read([USER, ("assistant", "<think>a</think>Dorme."), USER, ("assistant", "<think>b</think>Mangia.")])
@@ -253,7 +267,7 @@ def test_a_template_without_an_end_or_with_padding_inside_is_refused(tmp_path: P
 
 def test_later_prompts_that_a_server_would_cut_otherwise_are_said(chats: Any) -> None:
     said = chats("qwen").prove([USER, ("assistant", "\n\nDorme."), USER, SAID])
-    assert said.endswith("in 1 conversation of a sample; 1 later prompt would be cut otherwise by a server")
+    assert "in 1 conversation of a sample; before 1 later answer a server, which encodes what was said as one" in said
 
 
 def test_texts_like_control_tokens_are_left_out_of_the_proof_and_said(chats: Any) -> None:

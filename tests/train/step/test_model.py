@@ -123,6 +123,18 @@ def test_a_document_mask_without_effect_is_refused(model_type):
         check_document_mask(model, 16)
 
 
+def test_a_model_without_sdpa_is_told_what_to_set():
+    if not FROM_5:
+        pytest.skip("transformers 4 has it")
+    known = AutoConfig.for_model("gemma2").to_dict()
+    model = {key: value for key, value in SMALL.items() if key in known} | {"model_type": "gemma2"}
+    with pytest.raises(UserError, match=r"sdpa`: a Gemma2ForCausalLM of .* has none: set `attn_implementation=eager`"):
+        build_model(TrainSettings(model=model), 100, eos_id=0, pad_id=1)
+    eager = build_model(TrainSettings(model=model, attn_implementation="eager"), 100, eos_id=0, pad_id=1).eval()
+    check_document_mask(eager, 16)
+    check_own_logits(eager)
+
+
 BERT = {
     "model_type": "bert",
     "hidden_size": 32,
