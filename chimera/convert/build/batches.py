@@ -49,6 +49,12 @@ def split_of(document: Document, eval_fraction: float) -> str:
     return "eval" if _digest(last.texts) < eval_fraction * 2**64 else "train"
 
 
+def in_eval(documents: Sequence[Document], eval_fraction: float) -> Array:
+    """Which documents, each of a row of its own, are of the eval split: [documents] bool."""
+    below = eval_fraction * 2**64
+    return np.array([_digest(document.texts) < below for document in documents], bool)
+
+
 def _digest(texts: Texts) -> int:
     if len(texts) == 1:
         return xxhash.xxh3_64_intdigest(texts[0])
@@ -56,11 +62,6 @@ def _digest(texts: Texts) -> int:
     for text in texts:
         digest.update(text)
     return digest.intdigest()
-
-
-def in_eval(documents: Sequence[Document], eval_fraction: float) -> Array:
-    """Which documents are of the eval split: [documents] bool."""
-    return np.array([split_of(document, eval_fraction) == "eval" for document in documents], bool)
 
 
 def until(limit: int, lengths: Array) -> int | None:

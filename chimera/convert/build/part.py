@@ -6,7 +6,7 @@ blocks, the eval split is chosen by content, and `max_tokens` cuts after the doc
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -218,10 +218,10 @@ class _Part:
                 self.splits[name].add_texts(ids, ends)
         if few := len(enough) - int(enough.sum()):
             state.filtered[TOO_FEW] = state.filtered.get(TOO_FEW, 0) + few
-        for span, row, found in batch:
+        for _, row, found in batch:
             if isinstance(found, Dropped):
                 self._drop(row, found)
-            self._step(span, row, found is not None)
+        self._step(batch)
         return True
 
     def _add_rows(self, batch: list[Found], limit: int | None) -> None:
@@ -231,7 +231,7 @@ class _Part:
                 self._drop(row, found)
             elif found is not None:
                 self._pack_row(*found)
-            self._step(span, row, found is not None)
+            self._step([(span, row, found)])
             if limit is not None and self.state.splits["train"].tokens >= limit:
                 break
 
@@ -300,16 +300,16 @@ class _Part:
             state.within = passed + packed
             self._write_shards()
 
-    def _step(self, span: int, row: Row, read: bool) -> None:
-        """Move the position after a row; `read` is whether it counts as one (blank lines don't)."""
-        self.state.within = 0
-        self.state.read += read
-        while len(self.state.lines) <= span:
-            self.state.lines.append(0)
-        self.state.span = span
-        self.state.number, self.state.offset = row.after
-        self.state.lines[span] = row.after.number
-        self.state.bytes += row.size
+    def _step(self, rows: Sequence[tuple[int, Row, object]]) -> None:
+        """Move the position after rows, of which blank lines don't count."""
+        state = self.state
+        state.within = 0
+        state.read += sum(found is not None for _, _, found in rows)
+        state.bytes += sum(row.size for _, row, _ in rows)
+        for state.span, row in {span: row for span, row, _ in rows}.items():  # of each span the last
+            state.number, state.offset = row.after
+            state.lines += [0] * (state.span + 1 - len(state.lines))
+            state.lines[state.span] = row.after.number
 
     def _drop(self, row: Row, dropped: Dropped) -> None:
         counts = self.state.filtered if dropped.kind == "filtered" else self.state.rejected
