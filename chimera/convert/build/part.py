@@ -88,7 +88,7 @@ def _remove(folder: Path, stream: str, store: Objects | None) -> None:
 def begun(folder: Path) -> str:
     """The rows that a part encoded last, or was about to when its process died."""
     try:
-        return (folder / WHERE).read_text(encoding="utf-8")
+        return (folder / WHERE).read_text(encoding="utf-8").strip() or "its first rows"
     except OSError:
         return "its first rows"
 
@@ -160,7 +160,9 @@ class _Part:
         here = self.part.spans[span]
         begin = f", counted from its byte {here.begin}" if here.begin and first.unit == "line" else ""
         words = f"{first.unit} {first.number} of {first.file or here.file} to {last.unit} {last.number}{begin}"
-        (self.folder / WHERE).write_text(words, encoding="utf-8", errors="replace")
+        self.note.seek(0)
+        self.note.write(words.encode("utf-8", "replace").ljust(self.noted))  # over the last: to cut a file costs a wait
+        self.noted = self.note.tell()
 
     def _documents(self) -> Iterator[Found]:
         """The rows from the committed position on."""
