@@ -19,9 +19,9 @@ from chimera.limits import Limits, TooLarge
 # Arrow's own allocator keeps what is freed (of a page of 400 MB: 190 MB), the system's does not; read when it loads.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
-BATCH_ROWS = 16  # decoded at a time, or in
-SMALL_GROUP = 32 << 20  # bytes: a row group as small, which a batch may hold whole, as many as make up
-SMALL_ROWS = 1 << 18  # bytes on average;
+BATCH_ROWS = 16  # decoded at a time,
+MORE_ROWS = 64  # where they are of four kilobytes or less on average, in a row group of
+SMALL_GROUP = 32 << 20  # bytes at most;
 LONG_ROW = 16 << 10  # bytes: where rows are as long on average they are decoded one by one, and
 LARGE_BATCH = 16 << 20  # bytes: after a batch as large as well
 _BUFFER = 1 << 20  # bytes of a column read at a time
@@ -119,8 +119,8 @@ def _rows_of_group(
     held = functools.partial(limits.held, what, "write the file again with smaller row groups or pages")
     read = functools.partial(parquet.iter_batches, row_groups=[group], columns=columns, use_threads=False)
     rows = BATCH_ROWS if size < LONG_ROW * meta.num_rows else 1
-    if size <= SMALL_GROUP:
-        rows = max(rows, SMALL_ROWS * meta.num_rows // max(1, size))
+    if size <= min(SMALL_GROUP, meta.num_rows << 12):
+        rows = MORE_ROWS
     for batch in _batches(read, rows, skip, held):
         yield from columns_as_rows(select(batch, columns))  # of a column `a.b` a struct `a` with a field `b` comes too
 
