@@ -79,7 +79,7 @@ def test_hub_reads_the_same_rows_both_ways(out: Path) -> None:
     assert {name: way["rows"] for name, way in read(out)["books"].items()} == {"ours": 5, "load_dataset": 5}
 
 
-def test_convert_gives_the_same_ids_all_three_ways(tmp_path: Path, out: Path) -> None:
+def test_convert_gives_the_same_ids_all_ways(tmp_path: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -90,4 +90,5 @@ def test_convert_gives_the_same_ids_all_three_ways(tmp_path: Path, out: Path) ->
     bench("convert.py", *data, "--megabytes", "1", "--rounds", "1", "--json", str(out))
     found = read(out)
     assert found["same_ids"]
-    assert list(found["megabytes_per_second"]) == ["builder", "encode_batch_fast", "usual"]
+    assert list(found["megabytes_per_second"]) == ["builder", "encode_batch_fast", "usual", "copying"]
+    assert list(found["further"]) == ["text files", "conversations", "hub"]

@@ -1,19 +1,26 @@
 """Rows and what they hold → batches that are encoded together, and of their documents those of each split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import xxhash
 
 from chimera.convert.encode.assembling import Encoded
 from chimera.convert.encode.document import Document
+from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.texts import Texts
 from chimera.convert.read.parsing import Dropped
-from chimera.convert.read.reading import Row
+from chimera.convert.read.reading import RAW_SHOWN, Row
 from chimera.mds import Array
+from chimera.tokenizer_file import gave_up
 
 BATCH_BYTES = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
+Counted = tuple[tuple[str, str], ...]
+EncodedDocument = tuple[Array, Array | None, list[int]]  # ids, mask, ends of answers
+Documents = tuple[str, list[EncodedDocument], Counted]  # a row's: their split, each of them, what it counts
+ENCODER_FAILED = Dropped("rejected", "encoder_failed")
 Found = tuple[int, Row, Document | Dropped | None]  # span, row, what it holds (`None`: a blank line)
 
 
@@ -49,6 +56,12 @@ def split_of(document: Document, eval_fraction: float) -> str:
     return "eval" if _digest(last.texts) < eval_fraction * 2**64 else "train"
 
 
+def in_eval(documents: Sequence[Document], eval_fraction: float) -> Array:
+    """Which documents, each of a row of its own, are of the eval split: [documents] bool."""
+    below = eval_fraction * 2**64
+    return np.array([_digest(document.texts) < below for document in documents], bool)
+
+
 def _digest(texts: Texts) -> int:
     if len(texts) == 1:
         return xxhash.xxh3_64_intdigest(texts[0])
@@ -58,15 +71,13 @@ def _digest(texts: Texts) -> int:
     return digest.intdigest()
 
 
-def in_eval(documents: Sequence[Document], eval_fraction: float) -> Array:
-    """Which documents are of the eval split: [documents] bool."""
-    return np.array([split_of(document, eval_fraction) == "eval" for document in documents], bool)
-
-
-def until(limit: int, lengths: Array) -> int | None:
-    """How many documents of these `lengths` (tokens) reach `limit`; `None` where all together do not."""
-    reached = int(np.searchsorted(np.cumsum(lengths), limit))
-    return reached + 1 if reached < len(lengths) else None
+def cut_at(limit: int, batch: list[Found], lengths: Array) -> int:
+    """Cut a batch after the text with which the `lengths` (tokens) of its texts reach `limit`; how many it has now."""
+    last = int(np.searchsorted(np.cumsum(lengths), limit))
+    if last < len(lengths):
+        texts = [index for index, (_, _, found) in enumerate(batch) if isinstance(found, Document)]
+        del batch[texts[last] + 1 :]
+    return last + 1
 
 
 def chosen(encoded: Encoded, which: Array) -> tuple[Array, Array]:
@@ -78,3 +89,42 @@ def chosen(encoded: Encoded, which: Array) -> tuple[Array, Array]:
     begins, ends = encoded.ends[edges].reshape(-1, 2).T.tolist()
     runs = [encoded.ids[begin:end] for begin, end in zip(begins, ends, strict=True)]
     return np.concatenate([encoded.ids[:0], *runs]), np.cumsum([0, *lengths[: len(which)][which]])
+
+
+def encoded_rows(
+    batch: list[Found], encoder: Encoder, eval_fraction: float, rejected: Callable[[int, Row, Dropped], bytes | None]
+) -> list[tuple[int, Row, Documents | Dropped | None]]:
+    """The rows of a batch with their documents encoded, for going on row by row.
+
+    `rejected` makes the reject line of one that the tokenizer fails on. Empties `batch`, so that a long text is not
+    kept beside its ids.
+    """
+    held = [found for _, _, found in batch if isinstance(found, Document)]
+    splits = [split_of(document, eval_fraction) for document in held]
+    counted = [document.counted for document in held]
+    of_rows = zip(splits, _encoded(held, encoder), counted, strict=True)
+    rows: list[tuple[int, Row, Documents | Dropped | None]] = []
+    for span, row, found in batch:
+        if isinstance(found, Document):
+            split, documents, counts = next(of_rows)
+            if documents is None:
+                row.raw, row.length = b"".join(found.texts)[:RAW_SHOWN], found.size
+                row.raw = rejected(span, row, ENCODER_FAILED)
+                rows.append((span, row, ENCODER_FAILED))
+                continue
+            rows.append((span, row, (split, documents, counts + tuple(("ignored", name) for name in row.unread))))
+        else:
+            rows.append((span, row, found))
+    batch.clear()
+    return rows
+
+
+def _encoded(held: list[Document], encoder: Encoder) -> list[list[EncodedDocument] | None]:
+    """The documents of each row; None for a row that the tokenizer fails on (by a panic, say)."""
+    try:
+        encoded = iter(encoder.encode_turns([each for first in held for each in (first, *first.more)]))
+        return [list(islice(encoded, 1 + len(first.more))) for first in held]
+    except BaseException as error:
+        if not gave_up(error):
+            raise
+    return [None] if len(held) == 1 else [found for first in held for found in _encoded([first], encoder)]

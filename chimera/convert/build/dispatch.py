@@ -11,8 +11,9 @@ from pathlib import Path
 from chimera.cli import UserError, progress, say
 from chimera.convert.build import part_state
 from chimera.convert.build.executor import CRASHED, Event, Executor, Task
-from chimera.convert.build.part import Progress, begun, fits
-from chimera.convert.build.part_state import PartState
+from chimera.convert.build.last_rows import begun
+from chimera.convert.build.part import Progress
+from chimera.convert.build.part_state import PartState, fits
 from chimera.convert.build.plan import StreamPlan
 from chimera.text import amount
 

@@ -6,16 +6,25 @@ blocks, the eval split is chosen by content, and `max_tokens` cuts after the doc
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from chimera.convert.build import part_state
-from chimera.convert.build.batches import Found, batches, chosen, in_eval, split_of, until
-from chimera.convert.build.part_state import PartState, all_shard_keys, shard_keys
+from chimera.convert.build.batches import (
+    Counted,
+    EncodedDocument,
+    Found,
+    batches,
+    chosen,
+    cut_at,
+    encoded_rows,
+    in_eval,
+)
+from chimera.convert.build.last_rows import LastRows
+from chimera.convert.build.part_state import all_shard_keys, fits, shard_keys
 from chimera.convert.build.plan import BuildPlan, encoder_of, load_plan, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
@@ -24,14 +33,12 @@ from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.too_long import TOO_FEW, fitted
 from chimera.convert.pack.packing import Packer
 from chimera.convert.read.parsing import Dropped
-from chimera.convert.read.reading import RAW_SHOWN, CorruptFile, Position, Row, reject_line
+from chimera.convert.read.reading import CorruptFile, Position, Row, reject_line
 from chimera.convert.read.sources import rows
 from chimera.files import lock_file
 from chimera.mds import SPLITS, Array
 from chimera.objects import Objects
 from chimera.tokenizer_file import gave_up
-
-WHERE = "where"  # of a part's folder: the rows that were last begun with
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,6 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-Counted = tuple[tuple[str, str], ...]
-Encoded = tuple[Array, Array | None, list[int]]  # a document's ids, mask, ends of answers
-ENCODER_FAILED = Dropped("rejected", "encoder_failed")
-Documents = tuple[str, list[Encoded], Counted]  # a row's: their split, each of them, what it counts
 
 
 def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
@@ -85,21 +88,6 @@ def _remove(folder: Path, stream: str, store: Objects | None) -> None:
     shutil.rmtree(folder)
 
 
-def begun(folder: Path) -> str:
-    """The rows that a part encoded last, or was about to when its process died."""
-    try:
-        return (folder / WHERE).read_text(encoding="utf-8")
-    except OSError:
-        return "its first rows"
-
-
-def fits(state: PartState, limit: int | None) -> bool:
-    """Whether a part that goes on from `state`, or ended with it, holds what it must under `limit` train tokens."""
-    if limit is None or state.limit is not None:
-        return state.limit == limit
-    return state.splits["train"].tokens < limit
-
-
 class _Part:
     def __init__(
         self, plan: BuildPlan, stream: str, index: int, folder: Path, encoder: Encoder, store: Objects | None
@@ -126,24 +114,20 @@ class _Part:
 
     def _writer(self, name: str, arrays: dict[str, Array]) -> ShardWriter:
         mine = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
-        packer = Packer(
-            self.shard_format.block_len,
-            self.encoder.fill_id,
-            self.plan.settings.packing,
-            dtype=self.encoder.dtype,
-            masked=self.shard_format.masked,
-        )
-        return ShardWriter(self.shard_format, self.folder / name, self.name, self.state.splits[name], packer, mine)
+        form, fill, packing = self.shard_format, self.encoder.fill_id, self.plan.settings.packing
+        packer = Packer(form.block_len, fill, packing, dtype=self.encoder.dtype, masked=form.masked)
+        return ShardWriter(form, self.folder / name, self.name, self.state.splits[name], packer, mine)
 
     def run(self, limit: int | None, report: Report) -> None:
         self._send()
-        for batch in batches(self._documents()):
-            self._note(batch)
-            moved = self._add(batch, limit)
-            self._write_shards()
-            report(moved)
-            if self.state.limit is not None:
-                break
+        with LastRows(self.folder, self.part) as last_rows:
+            for batch in batches(self._documents()):
+                last_rows.begin(batch)
+                moved = self._add(batch, limit)
+                self._write_shards()
+                report(moved)
+                if self.state.limit is not None:
+                    break
         for split in self.splits.values():
             split.packer.flush()
         self._write_shards(rest=True)
@@ -152,15 +136,7 @@ class _Part:
             self.uploader.finish()
         self.state.done = True
         self._commit()
-        (self.folder / WHERE).unlink(missing_ok=True)
-
-    def _note(self, batch: list[Found]) -> None:
-        """Leave word of the rows that are encoded next, for who asks where the process died."""
-        (span, first, _), (_, last, _) = batch[0], batch[-1]
-        here = self.part.spans[span]
-        begin = f", counted from its byte {here.begin}" if here.begin and first.unit == "line" else ""
-        words = f"{first.unit} {first.number} of {first.file or here.file} to {last.unit} {last.number}{begin}"
-        (self.folder / WHERE).write_text(words, encoding="utf-8", errors="replace")
+        last_rows.remove()
 
     def _documents(self) -> Iterator[Found]:
         """The rows from the committed position on."""
@@ -207,10 +183,8 @@ class _Part:
         enough = lengths - 1 - len(self.encoder.bos) >= self.plan.settings.min_tokens
         if limit is not None:
             missing = limit - state.splits["train"].tokens
-            if count := until(missing, np.where(enough & ~held, lengths, 0)):
-                enough, held = enough[:count], held[:count]
-                of_text = [at for at, (_, _, found) in enumerate(batch) if isinstance(found, Document)]
-                del batch[of_text[count - 1] + 1 :]
+            count = cut_at(missing, batch, np.where(enough & ~held, lengths, 0))
+            enough, held = enough[:count], held[:count]
         for name, which in (("train", enough & ~held), ("eval", enough & held)):
             ids, ends = chosen(encoded, which)
             if len(ids):
@@ -218,55 +192,24 @@ class _Part:
                 self.splits[name].add_texts(ids, ends)
         if few := len(enough) - int(enough.sum()):
             state.filtered[TOO_FEW] = state.filtered.get(TOO_FEW, 0) + few
-        for span, row, found in batch:
+        for _, row, found in batch:
             if isinstance(found, Dropped):
                 self._drop(row, found)
-            self._step(span, row, found is not None)
+        self._step(batch)
         return True
 
     def _add_rows(self, batch: list[Found], limit: int | None) -> None:
         """Add a batch row by row: conversations, and a long text, which is committed on the way."""
-        for span, row, found in self._encode(batch):
+        for span, row, found in encoded_rows(batch, self.encoder, self.build.eval_fraction, self._reject_line):
             if isinstance(found, Dropped):
                 self._drop(row, found)
             elif found is not None:
                 self._pack_row(*found)
-            self._step(span, row, found is not None)
+            self._step([(span, row, found)])
             if limit is not None and self.state.splits["train"].tokens >= limit:
                 break
 
-    def _encode(self, batch: list[Found]) -> list[tuple[int, Row, Documents | Dropped | None]]:
-        """The batch with its documents encoded; empties `batch`, so that a long text is not kept beside its ids."""
-        held = [found for _, _, found in batch if isinstance(found, Document)]
-        splits = [split_of(document, self.build.eval_fraction) for document in held]
-        counted = [document.counted for document in held]
-        of_rows = zip(splits, self._encoded(held), counted, strict=True)
-        rows: list[tuple[int, Row, Documents | Dropped | None]] = []
-        for span, row, found in batch:
-            if isinstance(found, Document):
-                split, documents, counts = next(of_rows)
-                if documents is None:
-                    row.raw, row.length = b"".join(found.texts)[:RAW_SHOWN], found.size
-                    row.raw = self._reject_line(span, row, ENCODER_FAILED)
-                    rows.append((span, row, ENCODER_FAILED))
-                    continue
-                rows.append((span, row, (split, documents, counts + tuple(("ignored", name) for name in row.unread))))
-            else:
-                rows.append((span, row, found))
-        batch.clear()
-        return rows
-
-    def _encoded(self, held: list[Document]) -> list[list[Encoded] | None]:
-        """The documents of each row; None for a row that the tokenizer fails on (by a panic, say)."""
-        try:
-            encoded = iter(self.encoder.encode_turns([each for first in held for each in (first, *first.more)]))
-            return [list(islice(encoded, 1 + len(first.more))) for first in held]
-        except BaseException as error:
-            if not gave_up(error):
-                raise
-        return [None] if len(held) == 1 else [found for first in held for found in self._encoded([first])]
-
-    def _pack_row(self, split: str, documents: list[Encoded], counted: Counted) -> None:
+    def _pack_row(self, split: str, documents: list[EncodedDocument], counted: Counted) -> None:
         """Count and pack the documents of a row, from where `within` says that an earlier run came to."""
         passed = 0
         while documents:
@@ -276,7 +219,7 @@ class _Part:
             passed += len(document[0])
             counted = (("turns", "each"),)  # one more than there are rows
 
-    def _pack(self, split: str, document: Encoded, counted: Counted, passed: int) -> None:
+    def _pack(self, split: str, document: EncodedDocument, counted: Counted, passed: int) -> None:
         """Count and pack a document; shards that a long one fills are committed on the way.
 
         `passed` are the tokens of the row's documents before it.
@@ -300,16 +243,16 @@ class _Part:
             state.within = passed + packed
             self._write_shards()
 
-    def _step(self, span: int, row: Row, read: bool) -> None:
-        """Move the position after a row; `read` is whether it counts as one (blank lines don't)."""
-        self.state.within = 0
-        self.state.read += read
-        while len(self.state.lines) <= span:
-            self.state.lines.append(0)
-        self.state.span = span
-        self.state.number, self.state.offset = row.after
-        self.state.lines[span] = row.after.number
-        self.state.bytes += row.size
+    def _step(self, rows: Sequence[tuple[int, Row, object]]) -> None:
+        """Move the position after rows, of which blank lines don't count."""
+        state = self.state
+        state.within = 0
+        state.read += sum(found is not None for _, _, found in rows)
+        state.bytes += sum(row.size for _, row, _ in rows)
+        for state.span, row in {span: row for span, row, _ in rows}.items():  # of each span the last
+            state.number, state.offset = row.after
+            state.lines += [0] * (state.span + 1 - len(state.lines))
+            state.lines[state.span] = row.after.number
 
     def _drop(self, row: Row, dropped: Dropped) -> None:
         counts = self.state.filtered if dropped.kind == "filtered" else self.state.rejected

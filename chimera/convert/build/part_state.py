@@ -90,6 +90,13 @@ class PartState:
         counts[name] = counts.get(name, 0) + 1
 
 
+def fits(state: PartState, limit: int | None) -> bool:
+    """Whether a part that goes on from `state`, or ended with it, holds what it must under `limit` train tokens."""
+    if limit is None or state.limit is not None:
+        return state.limit == limit
+    return state.splits["train"].tokens < limit
+
+
 def shard_keys(stream: str, split: str, state: PartState) -> list[str]:
     """Where the shards of a part's split go, below the output."""
     return [f"{stream}/{split}/{file_of(entry)['basename']}" for entry in state.splits[split].shards]

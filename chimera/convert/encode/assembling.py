@@ -24,10 +24,15 @@ class Encoded(NamedTuple):
     answers: Sequence[list[int]] = ()
 
     def documents(self) -> Iterator[tuple[Array, Array | None, list[int]]]:
-        """The ids, mask and answers of each document."""
+        """The ids, mask and answers of each document.
+
+        Each of several is copied: one that waits long for its block would keep all of them in memory.
+        """
+        alone = len(self.ends) == 2
         for index, (begin, end) in enumerate(pairwise(self.ends.tolist())):
-            mask = self.mask[begin:end] if self.mask is not None else None
-            yield self.ids[begin:end], mask, self.answers[index] if self.answers else []
+            ids, mask = (None if a is None else a if alone else a[begin:end].copy() for a in (self.ids, self.mask))
+            assert ids is not None
+            yield ids, mask, self.answers[index] if self.answers else []
 
 
 def woven(pieces: Sequence[Piece], ids: Array, ends: Array) -> tuple[Array, Array]:
@@ -43,7 +48,7 @@ def woven(pieces: Sequence[Piece], ids: Array, ends: Array) -> tuple[Array, Arra
 def assembled(documents: Sequence[Document], before: int, ids: Array, lengths: Array) -> Encoded:
     """Documents from the ids of all of their pieces and the length of each, with EOS and `before` of BOS."""
     counts = np.cumsum([0, *(before + len(document.pieces) + 1 for document in documents)])
-    ends = np.cumsum([0, *lengths])
+    ends = np.concatenate([[0], np.cumsum(lengths)])
     if not any(document.assistant for document in documents):
         return Encoded(ids, ends[counts])
     flags = [flag for document in documents for flag in (*document.assistant, document.eos_learned)]

@@ -46,4 +46,5 @@ class Document:
     @property
     def size(self) -> int:
         """Bytes of text, of the row's other documents too."""
-        return sum(map(len, self.texts)) + (sum(document.size for document in self.more) if self.more else 0)
+        size = sum(map(len, self.texts))
+        return size + sum(document.size for document in self.more) if self.more else size

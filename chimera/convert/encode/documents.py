@@ -50,7 +50,7 @@ class DocumentReader:
 
     def read(self, row: object) -> Document | Dropped:
         """The row's document, or why there is none."""
-        if not isinstance(row, Mapping):
+        if not isinstance(row, (dict, Mapping)):  # the first of which costs less to ask for
             return Dropped("rejected", "not_an_object")
         try:
             return self._document(row)
@@ -59,7 +59,7 @@ class DocumentReader:
 
     def _text(self, row: Mapping[str, Any]) -> Document | Dropped:
         pieces = text_of(row, self.columns)
-        few = sum(map(len, pieces)) < 4 * self.min_chars  # bytes: else there are enough characters
+        few = len(pieces[0]) < 4 * self.min_chars  # bytes: else there are enough characters
         if few and sum(len(piece.decode()) for piece in pieces) < self.min_chars:
             return Dropped("filtered", "too_short")
         return Document(pieces)

@@ -46,7 +46,7 @@ def blank(pieces: Texts) -> bool:
 
 def pieces(value: object) -> Texts:
     """A string, or bytes of UTF-8, in pieces."""
-    data = utf8(value)
+    data = value if isinstance(value, bytes) else utf8(value)
     try:
         found = (data,) if len(data) <= CHUNK and data.decode() is not None else tuple(chunks(data))
     except UnicodeDecodeError:
@@ -77,6 +77,8 @@ def text_of(row: Mapping[str, Any], columns: Sequence[str]) -> Texts:
 
     A blank line stands between the texts of several columns, and of a list; what is null or empty is left out.
     """
+    if len(columns) == 1 and isinstance(text := row.get(columns[0]), (bytes, str)):  # as most are
+        return pieces(text)
     found: list[bytes] = []
     for column in columns:
         value = _field(row, column)

@@ -20,6 +20,8 @@ from chimera.limits import Limits, TooLarge
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 BATCH_ROWS = 16  # decoded at a time,
+MORE_ROWS = 64  # where they are of four kilobytes or less on average, in a row group of
+SMALL_GROUP = 32 << 20  # bytes at most;
 LONG_ROW = 16 << 10  # bytes: where rows are as long on average they are decoded one by one, and
 LARGE_BATCH = 16 << 20  # bytes: after a batch as large as well
 _BUFFER = 1 << 20  # bytes of a column read at a time
@@ -116,7 +118,10 @@ def _rows_of_group(
     what = f"{name}: row group {group} ({size >> 20} MiB of {', '.join(columns)})"
     held = functools.partial(limits.held, what, "write the file again with smaller row groups or pages")
     read = functools.partial(parquet.iter_batches, row_groups=[group], columns=columns, use_threads=False)
-    for batch in _batches(read, BATCH_ROWS if size < LONG_ROW * meta.num_rows else 1, skip, held):
+    rows = BATCH_ROWS if size < LONG_ROW * meta.num_rows else 1
+    if size <= min(SMALL_GROUP, meta.num_rows << 12):
+        rows = MORE_ROWS
+    for batch in _batches(read, rows, skip, held):
         yield from columns_as_rows(select(batch, columns))  # of a column `a.b` a struct `a` with a field `b` comes too
 
 

@@ -51,6 +51,14 @@ def split(block: np.ndarray) -> list[list[int]]:
 
 
 @given(lengths, packings)
+def test_several_texts_at_once_give_the_blocks_of_one_after_another(lengths: list[int], packing: str) -> None:
+    p, found = packer(packing), documents(lengths)
+    p.add_texts(np.concatenate([np.zeros(0, np.uint32), *found]), np.cumsum([0, *lengths]))
+    p.flush()
+    assert np.array_equal(p.take()[0], packed(lengths, packing)[0])
+
+
+@given(lengths, packings)
 def test_every_token_comes_once_and_padding_only_at_block_ends(lengths: list[int], packing: str) -> None:
     blocks, padding = packed(lengths, packing)
     assert blocks.dtype == np.uint32
