@@ -24,6 +24,7 @@ from chimera.convert.encode.control import RESERVED, SEEN, ControlTokens, Found,
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.template import Message, Renderer
 from chimera.convert.encode.texts import Reject, chunks
+from chimera.convert.read.parsing import CHUNK
 
 REASONING = ("reasoning_content", "thinking")  # one text, under both names that templates know
 BEGINNING = 48  # characters of an answer that must be there as it is rendered
@@ -265,5 +266,7 @@ def _common(one: str, other: str) -> int:
 
 def _in_chunks(piece: bytes) -> tuple[bytes, ...]:
     """A long text in pieces, all but the first of which go on with one before."""
+    if len(piece) <= CHUNK:
+        return (piece,)
     first, *rest = chunks(piece)
     return (type(piece)(first), *map(GoesOn, rest))

@@ -54,6 +54,8 @@ class ControlTokens:
         self._starts = {token[:n] for token in self.tokens for n in range(1, len(token))}
         self._ends = {token[n:] for token in self.tokens for n in range(1, len(token))}
         self._all = "\0".join(self.tokens)
+        self._last = {start[-1] for start in self._starts}
+        self._first = {end[0] for end in self._ends}
 
     def find(self, text: str, start: int = 0) -> list[Found]:
         """Every control token in a text, the longest at each place, as `tokenizers` finds them."""
@@ -68,10 +70,10 @@ class ControlTokens:
             return text
         sizes = range(1, min(self._longest, len(said) + 1))
         within = inside and len(said) < self._longest and said in self._all
-        if within or any(said[-n:] in self._starts for n in sizes):
+        if within or (said[-1] in self._last and any(said[-n:] in self._starts for n in sizes)):
             at = len(text.rstrip())
             text = text[:at] + BROKEN + text[at:]
-        if within or any(said[:n] in self._ends for n in sizes):
+        if within or (said[0] in self._first and any(said[:n] in self._ends for n in sizes)):
             at = len(text) - len(text.lstrip())
             text = text[:at] + BROKEN + text[at:]
         return text

@@ -34,15 +34,11 @@ class Renderer:
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
         """The text of a conversation; `prompt`: as generation begins behind it. Raises `Reject`."""
         try:
-            return str(
-                self.compiled(tools).render(
-                    messages=messages,
-                    tools=tools or None,
-                    documents=None,
-                    add_generation_prompt=prompt,
-                    **self.template.tokens,
-                )
-            )
+            compiled, known = self._tool_use if tools and "tool_use" in self.template.texts else self._default
+            # What `compiled.render` does, but for looking through its globals each time, which takes longer than the rest.
+            given = {**known, "messages": messages, "tools": tools or None, "add_generation_prompt": prompt}
+            context = compiled.environment.context_class(compiled.environment, given, compiled.name, compiled.blocks)
+            return "".join(compiled.root_render_func(context))
         except Exception as error:  # a template is a program of its own: it may raise anything
             self.error = one_line(error)[:200]
             raise Reject("template_error") from None
@@ -71,17 +67,22 @@ class Renderer:
     def compiled(self, tools: object) -> Any:
         """The template for a conversation with or without tools, its date frozen."""
         texts = self.template.texts
-        found = self._tool_use if tools and "tool_use" in texts else self._default
+        found, _ = self._tool_use if tools and "tool_use" in texts else self._default
         found.environment.globals["strftime_now"] = self._now  # which `transformers` shares between equal texts
         return found
 
     @cached_property
-    def _default(self) -> Any:
-        return _compiled(self.template.texts["default"])
+    def _default(self) -> tuple[Any, dict[str, Any]]:
+        return self._with_known("default")
 
     @cached_property
-    def _tool_use(self) -> Any:
-        return _compiled(self.template.texts["tool_use"])
+    def _tool_use(self) -> tuple[Any, dict[str, Any]]:
+        return self._with_known("tool_use")
+
+    def _with_known(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """A template compiled, and what it knows of any conversation."""
+        compiled = _compiled(self.template.texts[name])
+        return compiled, {**compiled.globals, "strftime_now": self._now, "documents": None, **self.template.tokens}
 
     def _now(self, form: str) -> str:
         return datetime.fromisoformat(self.template.date or "2026-01-01").strftime(form)

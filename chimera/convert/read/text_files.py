@@ -99,7 +99,8 @@ def rows_of_texts(span: Span, column: Wanted, start: Position, limits: Limits) -
             if number < start.number:
                 continue
             path, size, *etag = json.loads(line)
-            check_columns(path, ["text"], column)
+            if number == start.number:
+                check_columns(path, ["text"], column)
             data = _read(path, size, etag[0] if etag else None, limits)
             value = Dropped("rejected", "row_too_long") if data is None else {"text": data}
             raw, length = (data[:RAW_SHOWN], len(data)) if data is not None else (None, 0)
@@ -112,8 +113,9 @@ def rows_of_texts(span: Span, column: Wanted, start: Position, limits: Limits) -
 def _read(path: str, size: int, etag: str | None, limits: Limits) -> bytes | None:
     """What a file says, decompressed; `None` where that is more than a row may be."""
     try:
-        with open_object(path, size, etag, limits.retries) if is_remote(path) else open(path, "rb") as file:
-            if not is_remote(path) and (now := os.fstat(file.fileno()).st_size) != size:
+        remote = is_remote(path)
+        with open_object(path, size, etag, limits.retries) if remote else open(path, "rb") as file:
+            if not remote and (now := os.fstat(file.fileno()).st_size) != size:
                 raise UserError(
                     f"{path}: it has {now} bytes, and had {size} when the build began: bring those back, or set "
                     "`rebuild=true`"
