@@ -7,7 +7,6 @@ import xxhash
 
 from chimera.convert.encode.assembling import Encoded
 from chimera.convert.encode.document import Document
-from chimera.convert.encode.texts import Texts
 from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import Row
 from chimera.mds import Array
@@ -45,11 +44,12 @@ def split_of(document: Document, eval_fraction: float) -> str:
 
     Documents of one row fall together too: the last of them has the text of all.
     """
-    last = document.more[-1] if document.more else document
-    return "eval" if _digest(last.texts) < eval_fraction * 2**64 else "train"
+    return "eval" if text_digest(document) < eval_fraction * 2**64 else "train"
 
 
-def _digest(texts: Texts) -> int:
+def text_digest(document: Document) -> int:
+    """XXH3 (64 bits) of the text of a row's documents."""
+    texts = (document.more[-1] if document.more else document).texts
     if len(texts) == 1:
         return xxhash.xxh3_64_intdigest(texts[0])
     digest = xxhash.xxh3_64()

@@ -15,8 +15,9 @@ import numpy as np
 
 from chimera.convert.build import part_state
 from chimera.convert.build.batches import Found, batches, chosen, in_eval, split_of, until
+from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.part_state import PartState, all_shard_keys, shard_keys
-from chimera.convert.build.plan import BuildPlan, encoder_of, load_plan, reader_of, sample_file
+from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_file, load_plan, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
 from chimera.convert.encode.document import Document
@@ -46,6 +47,7 @@ Report = Callable[[Progress], None]
 Counted = tuple[tuple[str, str], ...]
 Encoded = tuple[Array, Array | None, list[int]]  # a document's ids, mask, ends of answers
 ENCODER_FAILED = Dropped("rejected", "encoder_failed")
+HELD_OUT = Dropped("filtered", "in_eval_sources")
 Documents = tuple[str, list[Encoded], Counted]  # a row's: their split, each of them, what it counts
 
 
@@ -68,7 +70,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
             (folder / split).mkdir(parents=True, exist_ok=True)
         encoder = encoder_of(work, plan, stream)
         try:
-            with _Part(plan, stream, index, folder, encoder, store) as part:
+            with _Part(work, plan, stream, index, encoder, store) as part:
                 if not part.state.done:
                     part.run(limit, report)
         except CorruptFile:  # once the file is fixed, nothing that came of the damage may count
@@ -102,12 +104,15 @@ def fits(state: PartState, limit: int | None) -> bool:
 
 class _Part:
     def __init__(
-        self, plan: BuildPlan, stream: str, index: int, folder: Path, encoder: Encoder, store: Objects | None
+        self, work: Path, plan: BuildPlan, stream: str, index: int, encoder: Encoder, store: Objects | None
     ) -> None:
+        folder = plan.streams[stream].part_folder(work, index)
         self.build, self.plan, self.folder = plan.build_settings, plan.streams[stream], folder
         self.part, self.name = self.plan.parts[index], f"{index:05d}"
         self.encoder = encoder
         self.reader = reader_of(self.build, self.plan, encoder)
+        self.held_out = HeldOut.read(held_out_file(work, stream) if self.plan.split == "train" else None)
+        self.eval_fraction = {"train": 0.0, "eval": 1.0}.get(str(self.plan.split), self.build.eval_fraction)
         self.shard_format = plan.shard_format(stream)
         self.state = part_state.load(folder)
         part_state.clean(folder, self.state)
@@ -178,6 +183,9 @@ class _Part:
         (A reject line shows no more than the beginning of a long row.)
         """
         found = row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
+        if isinstance(found, Document) and found in self.held_out:
+            row.held_out = self.plan.settings.eval_overlap == "keep"
+            found = found if row.held_out else HELD_OUT
         row.raw = self._reject_line(span, row, found) if isinstance(found, Dropped) else None
         row.value = None
         return found
@@ -203,7 +211,7 @@ class _Part:
                 raise
             return False
         state, lengths = self.state, np.diff(encoded.ends)
-        held = in_eval(texts, self.build.eval_fraction)
+        held = in_eval(texts, self.eval_fraction)
         enough = lengths - 1 - len(self.encoder.bos) >= self.plan.settings.min_tokens
         if limit is not None:
             missing = limit - state.splits["train"].tokens
@@ -238,7 +246,7 @@ class _Part:
     def _encode(self, batch: list[Found]) -> list[tuple[int, Row, Documents | Dropped | None]]:
         """The batch with its documents encoded; empties `batch`, so that a long text is not kept beside its ids."""
         held = [found for _, _, found in batch if isinstance(found, Document)]
-        splits = [split_of(document, self.build.eval_fraction) for document in held]
+        splits = [split_of(document, self.eval_fraction) for document in held]
         counted = [document.counted for document in held]
         of_rows = zip(splits, self._encoded(held), counted, strict=True)
         rows: list[tuple[int, Row, Documents | Dropped | None]] = []
@@ -304,6 +312,8 @@ class _Part:
         """Move the position after a row; `read` is whether it counts as one (blank lines don't)."""
         self.state.within = 0
         self.state.read += read
+        if row.held_out:
+            self.state.count("overlap", "rows")
         while len(self.state.lines) <= span:
             self.state.lines.append(0)
         self.state.span = span
