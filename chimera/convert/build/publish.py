@@ -16,7 +16,7 @@ from chimera.cli import UserError
 from chimera.convert.build import part_state
 from chimera.convert.build.outputs import Output
 from chimera.convert.build.part_state import EVAL, PartState, all_shard_keys, shard_keys
-from chimera.convert.build.plan import BuildPlan
+from chimera.convert.build.plan import BuildPlan, StreamPlan
 from chimera.convert.build.proofs import proof
 from chimera.convert.read.sources import changed_files
 from chimera.manifest import Manifest, Rows, Split, Stream
