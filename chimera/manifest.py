@@ -120,16 +120,18 @@ class Stream(Entry):
     rows: Rows
     train: Split
     eval: Split
-    proof: str | None = None  # SHA-256 of proof/STREAM.jsonl.zst; this and the next five are left out where empty
+    proof: str | None = None  # SHA-256 of proof/STREAM.jsonl.zst; this and the next seven are left out where empty
     template: ChatTemplate | None = None
     ignored: Counts = {}  # fields of its rows that are not read
     shapes: Counts = {}  # of its conversations
     too_long: Counts = {}  # conversations longer than a block, by what was done with them
+    eval_source: Source | None = None  # of its own validation set
+    overlap: Counts = {}  # rows trained on that are in it too
     turns: Counts = {}  # of the assistant, but not learned: `untrained`, or why not; `each`: more documents than rows
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> Json:
-        optional = ("proof", "template", "ignored", "shapes", "too_long", "turns")
+        optional = ("proof", "template", "eval_source", "overlap", "ignored", "shapes", "too_long", "turns")
         return {key: value for key, value in serialize(self).items() if value or key not in optional}
 
     @classmethod

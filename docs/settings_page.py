@@ -47,6 +47,8 @@ def tables(model: Json, models: Json, key: str) -> list[str]:
         here = [(each, "") for each in (field, *field.get("anyOf", ()))]
         for inner, entry in (*here, (field.get("items"), ".N"), (field.get("additionalProperties"), ".NAME")):
             if isinstance(inner, dict) and "$ref" in inner:
+                if name == "eval_sources":  # as `sources`
+                    continue
                 below = models[inner["$ref"].rpartition("/")[2]]
                 lines += tables(below, models, f"{key}.{name}{entry}".lstrip("."))
     return lines

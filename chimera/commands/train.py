@@ -147,6 +147,7 @@ def build_trainer(
     from composer.utils import dist, get_device
 
     from chimera.train.data.mixture import MixtureDataset
+    from chimera.train.order.run_plan import eval_streams
     from chimera.train.run.callbacks import About, ProgressLines, SetOptimizer, clipping
     from chimera.train.run.checkpoints import Checkpoints, RestoreRandomState
     from chimera.train.run.curriculum import (
@@ -175,7 +176,10 @@ def build_trainer(
     on_gpu = device.name == "gpu"
     check_device(settings, on_gpu)
     model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
-    check_tokens(shards.largest_ids(plan.streams), model.model.get_input_embeddings().num_embeddings)
+    check_tokens(
+        shards.largest_ids([*plan.streams, *eval_streams(settings, plan)]),
+        model.model.get_input_embeddings().num_embeddings,
+    )
     precision = precision_of(settings, on_gpu)
     about = About(model, shards, settings, precision, plan.steps)
     if load_path is not None:

@@ -57,6 +57,8 @@ def _texts(settings: "TrainingSettings", scratch: Path) -> Iterator[str]:
     from chimera.convert.read.sources import open_source
 
     for name, stream in settings.streams.items():
+        if not stream.sources:  # for evaluation alone
+            continue
         opened = open_source(name, stream, settings, scratch)
         total, most = 0, min(settings.chars_per_stream, sum(part.bytes for part in opened.parts))
         with progress(most, "char", name) as bar:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from chimera.chatml import IM_END, IM_START
@@ -132,9 +132,22 @@ class StreamSettings(Settings):
     max_tokens: int | None = Field(
         None, ge=1, description="of the train split, without padding; the document that reaches it is the last"
     )
-    sources: list[SourceSettings] = Field(
-        [], min_length=1, description="`{hub: ...}` or `{files: [...]}`; the first that opens"
+    eval_sources: list[SourceSettings] = Field(
+        [], description="a validation set of its own, as `sources`; then `eval_fraction` leaves this stream alone"
     )
+    eval_overlap: Literal["keep", "remove"] = Field(
+        "keep", description="rows of `sources` whose text is in `eval_sources`: keep, counted; remove from training"
+    )
+    sources: list[SourceSettings] = Field(
+        [], description="`{hub: ...}` or `{files: [...]}`; the first that opens; none: for evaluation alone"
+    )
+
+    @field_validator("sources")
+    @classmethod
+    def _sources(cls, sources: list[SourceSettings], info: ValidationInfo) -> list[SourceSettings]:
+        if not sources and not info.data.get("eval_sources"):
+            raise PydanticCustomError("too_short", "no source")
+        return sources
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -320,7 +333,7 @@ def identity(settings: BuildSettings) -> dict[str, Any]:
     for key in ("path", "bos", "add_tokens"):
         del shaping["tokenizer"][key]
     for stream in shaping["streams"].values():  # as in builds of before there was a choice
-        for key, usual in USUAL.items():
+        for key, usual in {**USUAL, "eval_sources": [], "eval_overlap": "keep"}.items():
             if stream[key] == usual:
                 del stream[key]
         if stream.get("template", "tokenizer") != "tokenizer":

@@ -84,6 +84,9 @@ class SchedulerSettings(Settings):
 
 class EvalSettings(Settings):
     interval: int = Field(0, ge=0, description="steps; 0: never")
+    streams: list[Text] | None = Field(
+        None, description="whose eval splits, also of streams that no phase trains on; null: all that phases train on"
+    )
     blocks: int = Field(64, ge=1, description="of each stream's eval split, at most")
     seq_lens: list[int] = Field([], description="tokens of a sequence; none given: every length of the curriculum")
 

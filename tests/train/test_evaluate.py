@@ -8,13 +8,20 @@ import torch
 from chimera.cli import UserError
 from chimera.commands import evaluate, train
 from chimera.train.data.state import StateMismatch
+from chimera.train.history.page import page
+from chimera.train.history.runlog import read_run
 
 STREAMS = {"en_cosmopedia", "it_culturax", "it_instructions"}
 
 
 def test_a_checkpoint_has_the_numbers_that_its_run_logged(overrides, tmp_path, capsys):
-    config = overrides("run", "eval={interval: 4, blocks: 5}", "max_duration=4ba", "save_interval=4")
+    phases = "phases=[{name: a, steps: 30, proportions: {en_cosmopedia: 0.6, it_culturax: 0.4}}]"
+    evaluated = f"eval={{interval: 4, blocks: 5, streams: [{', '.join(sorted(STREAMS))}]}}"  # one that none trains on
+    config = overrides("run", phases, evaluated, "max_duration=4ba", "save_interval=4")
     train.main(config)
+    run = read_run(tmp_path / "run")
+    assert (run.only_evaluated, {*run.evaluated}) == (["it_instructions"], STREAMS)
+    assert "it_instructions" in page(run, [], None).partition("Loss of each stream")[2].partition("</table>")[0]
     checkpoint = str(tmp_path / "run/latest-rank0.pt")
     logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[3])
 
@@ -40,6 +47,10 @@ def test_a_checkpoint_has_the_numbers_that_its_run_logged(overrides, tmp_path, c
         evaluate.main([checkpoint, "model.hidden_size=16"])
     with pytest.raises(UserError, match=r"setting `eval.seq_lens`: sequences of 48 tokens do not divide blocks of 128"):
         evaluate.main([checkpoint, "eval.seq_lens=[48]"])
+    with pytest.raises(
+        UserError, match=r"setting `eval.streams`: stream `de` is not in the shards at .*, which hold en_"
+    ):
+        evaluate.main([checkpoint, "eval.streams=[de]"])
     with pytest.raises(UserError, match=r"config.json: setting `eval.bloks` is unknown: is `blocks` meant"):
         evaluate.main([checkpoint, "eval.bloks=1"])
 

@@ -9,7 +9,6 @@ import xxhash
 from chimera.convert.encode.assembling import Encoded
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.encoding import Encoder
-from chimera.convert.encode.texts import Texts
 from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import RAW_SHOWN, Row
 from chimera.mds import Array
@@ -52,17 +51,18 @@ def split_of(document: Document, eval_fraction: float) -> str:
 
     Documents of one row fall together too: the last of them has the text of all.
     """
-    last = document.more[-1] if document.more else document
-    return "eval" if _digest(last.texts) < eval_fraction * 2**64 else "train"
+    return "eval" if text_digest(document) < eval_fraction * 2**64 else "train"
 
 
 def in_eval(documents: Sequence[Document], eval_fraction: float) -> Array:
     """Which documents, each of a row of its own, are of the eval split: [documents] bool."""
     below = eval_fraction * 2**64
-    return np.array([_digest(document.texts) < below for document in documents], bool)
+    return np.array([text_digest(document) < below for document in documents], bool)
 
 
-def _digest(texts: Texts) -> int:
+def text_digest(document: Document) -> int:
+    """XXH3 (64 bits) of the text of a row's documents."""
+    texts = (document.more[-1] if document.more else document).texts
     if len(texts) == 1:
         return xxhash.xxh3_64_intdigest(texts[0])
     digest = xxhash.xxh3_64()

@@ -14,7 +14,8 @@ from chimera.convert.build import part_state
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
 from chimera.convert.build.outputs import Output, open_output
-from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, text_bos
+from chimera.convert.build.part_state import EVAL
+from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
 from chimera.convert.build.publish import publish
 from chimera.convert.build.ray_executor import RayExecutor
 from chimera.convert.encode.encoding import Encoder
@@ -22,7 +23,7 @@ from chimera.convert.encode.template import changed_templates
 from chimera.convert.read.sources import added_files, changed_files, gone_files
 from chimera.convert.settings import BuildSettings, differences, identity, running_settings
 from chimera.files import write_whole
-from chimera.manifest import Manifest, NotAManifest, Stream, parse_manifest
+from chimera.manifest import Manifest, NotAManifest, Source, Stream, parse_manifest
 from chimera.text import one_line
 
 
@@ -175,13 +176,21 @@ def changes(old: Manifest | BuildPlan, settings: BuildSettings, encoder: Encoder
         way = "" if old.tokenizer.bos else ", as `tokenizer.bos: never` has it"
         found.append(f"what texts begin with: ids {old.tokenizer.bos}{way} -> {bos}")
     if not found:
-        found += changed_templates(old.streams, settings)
-    for name, stream in old.streams.items():
-        describe = stream.source.describe
-        found += [f"the size of {file}" for file in changed_files(describe)]
+        found += changed_templates({name: old.streams[name] for name in settings.streams}, settings)
+    for name, source in _sources(old).items():
+        found += [f"the size of {file}" for file in changed_files(source.describe)]
         if not found:
-            now = settings.streams[name].sources[stream.source.index]
-            found += [f"streams.{name} has {file} now" for file in added_files(describe, now, settings)]
+            now = planned_settings(settings.streams, name)[0].sources[source.index]
+            found += [f"streams.{name} has {file} now" for file in added_files(source.describe, now, settings)]
+    return found
+
+
+def _sources(old: Manifest | BuildPlan) -> dict[str, Source]:
+    """The sources of streams and of their own validation sets, by their names in a plan."""
+    found = {name: stream.source for name, stream in old.streams.items()}
+    for name, stream in old.streams.items():
+        if isinstance(stream, Stream) and stream.eval_source:
+            found[f"{name}{EVAL}"] = stream.eval_source
     return found
 
 
@@ -205,6 +214,7 @@ def summary(stream: Stream, limit: int | None) -> str:
     for says, counts in (
         ("longer than a block", stream.too_long),
         ("answers not learned", {why: count for why, count in stream.turns.items() if why != "each"}),
+        ("trained on, and in the validation set too", stream.overlap),
         ("fields passed over", stream.ignored),
     ):
         if counts:

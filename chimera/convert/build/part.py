@@ -23,9 +23,10 @@ from chimera.convert.build.batches import (
     encoded_rows,
     in_eval,
 )
+from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.last_rows import LastRows
 from chimera.convert.build.part_state import all_shard_keys, fits, shard_keys
-from chimera.convert.build.plan import BuildPlan, encoder_of, load_plan, reader_of, sample_file
+from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_file, load_plan, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
 from chimera.convert.encode.document import Document
@@ -50,6 +51,7 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+HELD_OUT = Dropped("filtered", "in_eval_sources")
 
 
 def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
@@ -71,7 +73,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
             (folder / split).mkdir(parents=True, exist_ok=True)
         encoder = encoder_of(work, plan, stream)
         try:
-            with _Part(plan, stream, index, folder, encoder, store) as part:
+            with _Part(work, plan, stream, index, encoder, store) as part:
                 if not part.state.done:
                     part.run(limit, report)
         except CorruptFile:  # once the file is fixed, nothing that came of the damage may count
@@ -90,12 +92,15 @@ def _remove(folder: Path, stream: str, store: Objects | None) -> None:
 
 class _Part:
     def __init__(
-        self, plan: BuildPlan, stream: str, index: int, folder: Path, encoder: Encoder, store: Objects | None
+        self, work: Path, plan: BuildPlan, stream: str, index: int, encoder: Encoder, store: Objects | None
     ) -> None:
+        folder = plan.streams[stream].part_folder(work, index)
         self.build, self.plan, self.folder = plan.build_settings, plan.streams[stream], folder
         self.part, self.name = self.plan.parts[index], f"{index:05d}"
         self.encoder = encoder
         self.reader = reader_of(self.build, self.plan, encoder)
+        self.held_out = HeldOut.read(held_out_file(work, stream) if self.plan.split == "train" else None)
+        self.eval_fraction = {"train": 0.0, "eval": 1.0}.get(str(self.plan.split), self.build.eval_fraction)
         self.shard_format = plan.shard_format(stream)
         self.state = part_state.load(folder)
         part_state.clean(folder, self.state)
@@ -154,6 +159,9 @@ class _Part:
         (A reject line shows no more than the beginning of a long row.)
         """
         found = row.value if row.value is None or isinstance(row.value, Dropped) else self.reader.read(row.value)
+        if isinstance(found, Document) and found in self.held_out:
+            row.held_out = self.plan.settings.eval_overlap == "keep"
+            found = found if row.held_out else HELD_OUT
         row.raw = self._reject_line(span, row, found) if isinstance(found, Dropped) else None
         row.value = None
         return found
@@ -179,7 +187,7 @@ class _Part:
                 raise
             return False
         state, lengths = self.state, np.diff(encoded.ends)
-        held = in_eval(texts, self.build.eval_fraction)
+        held = in_eval(texts, self.eval_fraction)
         enough = lengths - 1 - len(self.encoder.bos) >= self.plan.settings.min_tokens
         if limit is not None:
             missing = limit - state.splits["train"].tokens
@@ -200,7 +208,7 @@ class _Part:
 
     def _add_rows(self, batch: list[Found], limit: int | None) -> None:
         """Add a batch row by row: conversations, and a long text, which is committed on the way."""
-        for span, row, found in encoded_rows(batch, self.encoder, self.build.eval_fraction, self._reject_line):
+        for span, row, found in encoded_rows(batch, self.encoder, self.eval_fraction, self._reject_line):
             if isinstance(found, Dropped):
                 self._drop(row, found)
             elif found is not None:
@@ -249,6 +257,8 @@ class _Part:
         state.within = 0
         state.read += sum(found is not None for _, _, found in rows)
         state.bytes += sum(row.size for _, row, _ in rows)
+        for _ in range(sum(row.held_out for _, row, _ in rows)):
+            state.count("overlap", "rows")
         for state.span, row in {span: row for span, row, _ in rows}.items():  # of each span the last
             state.number, state.offset = row.after
             state.lines += [0] * (state.span + 1 - len(state.lines))

@@ -37,6 +37,7 @@ from chimera.mds import SPLITS, Array, Json, file_of
 
 COMMITS, OLD_STATE = "commits.jsonl", "state.npz"
 MOST_NAMES, LONGEST_NAME, OTHER_NAMES = 100, 64, "…"
+EVAL = ".eval_sources"  # behind a stream's name: its own validation set, which is built like a stream
 SENT = ".sent"  # an empty file beside which a shard's file is gone: it has reached the object store
 
 
@@ -99,7 +100,7 @@ def fits(state: PartState, limit: int | None) -> bool:
 
 def shard_keys(stream: str, split: str, state: PartState) -> list[str]:
     """Where the shards of a part's split go, below the output."""
-    return [f"{stream}/{split}/{file_of(entry)['basename']}" for entry in state.splits[split].shards]
+    return [f"{stream.removesuffix(EVAL)}/{split}/{file_of(entry)['basename']}" for entry in state.splits[split].shards]
 
 
 def all_shard_keys(stream: str, state: PartState) -> list[str]:

@@ -6,6 +6,7 @@ revision, and all workers read the same settings, parts and tokenizer.
 
 import json
 import secrets
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -15,6 +16,8 @@ import numpy as np
 
 from chimera.cli import UserError, say
 from chimera.convert.build.head import sample_of
+from chimera.convert.build.held_out import write_digests
+from chimera.convert.build.part_state import EVAL
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.encoding import Encoder
@@ -48,6 +51,7 @@ class StreamPlan:
     parts: list[Part]
     encoder: EncoderPath
     template: ChatTemplate | None = None
+    split: str | None = None  # that all its documents go to; None: their content decides
 
     def part_folder(self, work: Path, index: int) -> Path:
         """Where a part lies until it is published."""
@@ -116,6 +120,7 @@ def load_plan(work: Path) -> BuildPlan:
 def _parse(data: bytes) -> BuildPlan:
     value = json.loads(data)
     streams = BuildSettings.model_validate(value["running"]).streams
+    settings = {name: planned_settings(streams, name) for name in value["streams"]}
     return BuildPlan(
         value["id"],
         value["settings"],
@@ -126,17 +131,35 @@ def _parse(data: bytes) -> BuildPlan:
             name: StreamPlan(
                 value["id"],
                 name,
-                streams[name],
+                settings[name][0],
                 Source.model_validate(stream["source"]),
                 stream["column"],
                 [Part(tuple(Span(**span) for span in part)) for part in stream["parts"]],
                 EncoderPath.model_validate(stream["encoder"]),
                 ChatTemplate.model_validate(stream["template"]) if stream.get("template") else None,
+                settings[name][1],
             )
             for name, stream in value["streams"].items()
         },
         value.get("clearing", []),
     )
+
+
+def planned_settings(streams: Mapping[str, StreamSettings], name: str) -> tuple[StreamSettings, str | None]:
+    """The settings that a stream of a plan is built by, and the split that all its documents go to.
+
+    A stream with training sources and a validation set of its own is two in a plan, one of them with `EVAL` behind its
+    name; one with a validation set alone has that for its source.
+    """
+    stream = streams[name.removesuffix(EVAL)]
+    if name in streams and stream.sources:
+        return stream, "train" if stream.eval_sources else None
+    return stream.model_copy(update={"sources": stream.eval_sources, "eval_sources": [], "max_tokens": None}), "eval"
+
+
+def held_out_file(work: Path, stream: str) -> Path:
+    """Where the digests of a stream's own validation set lie while it is built."""
+    return work / f"held-out-{stream}.npy"
 
 
 def sample_file(work: Path, stream: str) -> Path:
@@ -194,7 +217,12 @@ def make_plan(settings: BuildSettings, work: Path, older: set[str], encoder: Enc
 
     `older` are streams of builds that this one replaces, `encoder` is of the settings' tokenizer.
     """
-    name = secrets.token_hex(8)
+    name, streams = secrets.token_hex(8), {}
+    for stream, given in settings.streams.items():
+        streams[stream] = plan_stream(name, stream, settings, work, encoder)
+        if given.sources and given.eval_sources:
+            held_out, template = f"{stream}{EVAL}", streams[stream].template
+            streams[held_out] = plan_stream(name, held_out, settings, work, encoder, template)
     tokenizer = Tokenizer(
         digest=encoder.digest,
         vocab_size=encoder.vocab_size,
@@ -210,7 +238,7 @@ def make_plan(settings: BuildSettings, work: Path, older: set[str], encoder: Enc
         running_settings(settings),
         tokenizer,
         np.dtype(encoder.dtype).name,
-        {stream: plan_stream(name, stream, settings, work, encoder) for stream in settings.streams},
+        streams,
         sorted(older | settings.streams.keys()),
     )
 
@@ -220,19 +248,32 @@ def text_bos(settings: BuildSettings, encoder: Encoder) -> list[int]:
     return list(encoder.bos) if any(stream.format == "text" for stream in settings.streams.values()) else []
 
 
-def plan_stream(build: str, name: str, settings: BuildSettings, work: Path, encoder: Encoder) -> StreamPlan:
-    """What one stream reads and how: by `encoder`, off its fast path where that gives other ids on a sample."""
-    stream, where = settings.streams[name], f"streams.{name}"
+def plan_stream(
+    build: str,
+    name: str,
+    settings: BuildSettings,
+    work: Path,
+    encoder: Encoder,
+    template: ChatTemplate | None = None,
+) -> StreamPlan:
+    """What one stream reads and how: by `encoder`, off its fast path where that gives other ids on a sample.
+
+    `template`: what the stream's own validation set is rendered by; None: found out here.
+    """
+    (stream, split), where = planned_settings(settings.streams, name), f"streams.{name}"
     opened = open_source(name, stream, settings, work)
-    template = probed(name, stream, settings, encoder)
+    template = template or probed(name, stream, settings, encoder)
     source = Source(index=opened.index, describe=opened.describe, passed_over=opened.passed_over)
     path = EncoderPath(path=encoder.path, reason=encoder.reason)
-    plan = StreamPlan(build, name, stream, source, opened.column, opened.parts, path, template)
+    plan = StreamPlan(build, name, stream, source, opened.column, opened.parts, path, template, split)
     mine = encoder_for(plan, encoder)
     if stream.format == "chatml":
         mine.check_chat(where)
     reader = reader_of(settings, plan, mine)
     sample = sample_of(where, stream, opened, reader, settings.limits(work))
+    if name.endswith(EVAL):
+        file = held_out_file(work, name.removesuffix(EVAL))
+        write_digests(file, opened.parts, opened.column, reader, settings.limits(work))
 
     def proven() -> tuple[str, bytes]:
         mine.verify_sample(sample.texts)

@@ -8,13 +8,14 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import TypeVar
 
 import zstandard
 
 from chimera.cli import UserError
 from chimera.convert.build import part_state
 from chimera.convert.build.outputs import Output
-from chimera.convert.build.part_state import PartState, all_shard_keys, shard_keys
+from chimera.convert.build.part_state import EVAL, PartState, all_shard_keys, shard_keys
 from chimera.convert.build.plan import BuildPlan, StreamPlan
 from chimera.convert.build.proofs import proof
 from chimera.convert.read.sources import changed_files
@@ -22,32 +23,44 @@ from chimera.manifest import Manifest, Rows, Split, Stream
 from chimera.mds import SPLITS, digest, file_of, index_bytes
 from chimera.proof_file import name_of
 
+Found = TypeVar("Found")
+
 
 def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output) -> Manifest:
     """Bring everything to the output; returns the manifest."""
     check_sources(plan)
-    proofs = {name: proof(plan, name, work) for name in parts}
+    proofs = {name: proof(plan, name, work) for name in parts if not name.endswith(EVAL)}
     manifest = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
     check_sums(manifest)
     check_streams(manifest, plan, work)
     _publish_shards(plan, parts, work, output)
-    for name, states in parts.items():
-        stream = plan.streams[name]
-        for index in range(len(states), len(stream.parts)):  # parts that ran ahead of `max_tokens`
-            for key in all_shard_keys(name, part_state.load(stream.part_folder(work, index))):
-                output.delete_shard(key)
+    for name in proofs:
+        for key, stream in _of_stream(plan.streams, name).items():
+            for index in range(len(parts[key]), len(stream.parts)):  # parts that ran ahead of `max_tokens`
+                for shard in all_shard_keys(name, part_state.load(stream.part_folder(work, index))):
+                    output.delete_shard(shard)
+        states = _states(parts, name)
         for split in SPLITS:
             entries = [entry for state in states for entry in state.splits[split].shards]
             if entries:
                 output.write(f"{name}/{split}/index.json", index_bytes(entries))
             output.remove_stale(f"{name}/{split}", [file_of(entry)["basename"] for entry in entries])
-        output.put(collect_rejects(stream, states, work), f"rejects/{name}.jsonl.zst")
+        output.put(collect_rejects(plan, name, parts, work), f"rejects/{name}.jsonl.zst")
         output.write(name_of(name), proofs[name])
     output.write("tokenizer/tokenizer.json", (work / "tokenizer.json").read_bytes())
     output.check_lease()
     output.write("manifest.json", manifest.as_bytes())
     output.release_lease()
     return manifest
+
+
+def _of_stream(found: dict[str, Found], name: str) -> dict[str, Found]:
+    """What there is of a stream, and of its own validation set."""
+    return {key: found[key] for key in (name, f"{name}{EVAL}") if key in found}
+
+
+def _states(parts: dict[str, list[PartState]], name: str) -> list[PartState]:
+    return [state for states in _of_stream(parts, name).values() for state in states]
 
 
 def _publish_shards(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output) -> None:
@@ -84,6 +97,7 @@ def make_manifest(plan: BuildPlan, parts: dict[str, list[PartState]], proofs: di
                 format=settings.streams[name].format,
                 packing=settings.streams[name].packing,
                 source=plan.streams[name].source,
+                eval_source=plan.streams[f"{name}{EVAL}"].source if f"{name}{EVAL}" in plan.streams else None,
                 encoder=plan.streams[name].encoder,
                 proof=proofs.get(name),
                 template=plan.streams[name].template,
@@ -98,7 +112,7 @@ def make_manifest(plan: BuildPlan, parts: dict[str, list[PartState]], proofs: di
                 train=_split("train", states),
                 eval=_split("eval", states),
             )
-            for name, states in parts.items()
+            for name, states in ((name, _states(parts, name)) for name in proofs)
         },
         settings=plan.settings,
     )
@@ -158,7 +172,7 @@ def check_sums(manifest: Manifest) -> None:
 def check_streams(manifest: Manifest, plan: BuildPlan, work: Path) -> None:
     """Refuse to publish a stream without a single document: its column or format is not that of its source."""
     for name, stream in manifest.streams.items():
-        if not stream.train.documents:
+        if not (stream.train if manifest.settings["streams"][name]["sources"] else stream.eval).documents:
             kept = {"set aside by `eval_fraction`": stream.eval.documents} if stream.eval.documents else {}
             found = {**kept, **stream.rows.filtered, **stream.rows.rejected}
             counts = ", ".join(f"{n} {reason}" for reason, n in found.items())
@@ -181,19 +195,20 @@ def _equal(stream: str, what: str, left: int, right: int) -> None:
         raise RuntimeError(f"{stream}: the {what} do not add up: {left} against {right}: nothing was published")
 
 
-def collect_rejects(plan: StreamPlan, parts: list[PartState], work: Path) -> Path:
+def collect_rejects(plan: BuildPlan, name: str, parts: dict[str, list[PartState]], work: Path) -> Path:
     """The reject file of a stream: those of its parts in order, lines counted from the start of their file."""
     lines_before: dict[str, int] = {}  # physical lines of each file in the spans so far
     collected = work / "rejects.jsonl.zst"
     with open(collected, "wb") as out:
         # With a checksum, so that damage is noticed: the manifest holds no hash of this file.
         packed = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(out, closefd=False)
-        for index, state in enumerate(parts):
+        streams = _of_stream(plan.streams, name)
+        for stream, index, state in ((streams[key], *each) for key in streams for each in enumerate(parts[key])):
             bases = []
-            for span, lines in zip(plan.parts[index].spans, state.lines, strict=False):
+            for span, lines in zip(stream.parts[index].spans, state.lines, strict=False):
                 bases.append(lines_before.get(span.file, 0))
                 lines_before[span.file] = bases[-1] + lines
-            with open(plan.part_folder(work, index) / "rejects.jsonl", "rb") as file:
+            with open(stream.part_folder(work, index) / "rejects.jsonl", "rb") as file:
                 for line in file:
                     place, _, text = line.partition(b" ")
                     reject = json.loads(text)

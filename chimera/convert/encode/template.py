@@ -35,7 +35,7 @@ class Renderer:
         """The text of a conversation; `prompt`: as generation begins behind it. Raises `Reject`."""
         try:
             compiled, known = self._tool_use if tools and "tool_use" in self.template.texts else self._default
-            # What `compiled.render` does, but for looking through its globals each time, which takes longer than the rest.
+            # As `compiled.render`, which looks through its globals each time: that takes longer than the rest.
             given = {**known, "messages": messages, "tools": tools or None, "add_generation_prompt": prompt}
             context = compiled.environment.context_class(compiled.environment, given, compiled.name, compiled.blocks)
             return "".join(compiled.root_render_func(context))

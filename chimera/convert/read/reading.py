@@ -76,6 +76,7 @@ class Row:
     unit: str = "row"  # what `number` counts: `row` or `line`
     unread: tuple[str, ...] = ()  # columns of a conversation's table that are passed over
     file: str | None = None  # the row's own, where a span is of many
+    held_out: bool = False  # its text is in the validation set
 
 
 def packing_of(file: str) -> str:

@@ -31,7 +31,7 @@ def open_root(settings: "TrainSettings") -> Shards:
     found = roots.locate(_streams(settings))
     ours, others = [], []
     for root in roots:
-        mine = [name for name, its_root in found.items() if its_root is root]
+        mine = [name for name in _trained_on(settings) if name in found and found[name] is root]
         if root.manifest is not None and root.digest is not None:
             part = as_described(root.place, settings.cache, root.manifest, root.digest)
             if isinstance(settings.shards, dict):
@@ -57,6 +57,11 @@ def open_root(settings: "TrainSettings") -> Shards:
 
 
 def _streams(settings: "TrainSettings") -> list[str]:
+    """What a run reads of its shards, train or eval splits."""
+    return list(dict.fromkeys([*_trained_on(settings), *(settings.eval.streams or ())]))
+
+
+def _trained_on(settings: "TrainSettings") -> list[str]:
     return list(dict.fromkeys(name for phase in settings.phases for name in phase.proportions))
 
 

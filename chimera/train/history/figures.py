@@ -81,7 +81,7 @@ def _eval(run: Run) -> str:
     longest = max(seq_len for _, seq_len in run.evals)
     lines = [
         Line(stream, *run.evals[stream, longest], index)
-        for index, stream in enumerate(run.plan.streams)
+        for index, stream in enumerate([*run.plan.streams, *run.only_evaluated])
         if (stream, longest) in run.evals
     ]
     note = f"On its eval split, sequences of {longest} tokens."

@@ -161,8 +161,7 @@ def _table_of_evals(run: Run) -> str:
     lengths = sorted({seq_len for _, seq_len in run.evals})
     cells = [
         [stream, *(decimal(run.evals[stream, n][1][-1]) if (stream, n) in run.evals else NONE for n in lengths)]
-        for stream in run.plan.streams
-        if any(name == stream for name, _ in run.evals)
+        for stream in run.evaluated
     ]
     last = max((int(steps[-1]) for steps, _ in run.evals.values()), default=0)
     note = f"Mean over each stream's eval split after step {last}, by sequence length."

@@ -103,6 +103,17 @@ class Run:
         return int(self.steps[0]) if len(self.steps) else 0
 
     @cached_property
+    def only_evaluated(self) -> list[str]:
+        """Streams that were evaluated and that no phase trains on."""
+        return sorted({stream for stream, _ in self.evals} - {*self.plan.streams})
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Streams that were evaluated."""
+        evaluated = {stream for stream, _ in self.evals}
+        return [stream for stream in (*self.plan.streams, *self.only_evaluated) if stream in evaluated]
+
+    @cached_property
     def missing(self) -> list[int]:
         """Steps between the first and the last one logged that are not: lines of them were damaged or lost."""
         return np.setdiff1d(np.arange(self.first, self.done), self.steps).tolist()

@@ -90,6 +90,11 @@ def end_step(max_duration: str | None, steps: int) -> int:
     return int(match[1])
 
 
+def eval_streams(settings: "TrainSettings", plan: Plan) -> list[str]:
+    """The streams to evaluate, each once."""
+    return list(plan.streams) if settings.eval.streams is None else list(dict.fromkeys(settings.eval.streams))
+
+
 def eval_lengths(settings: "TrainSettings", plan: Plan) -> list[int]:
     """The sequence lengths to evaluate at; raises `UserError` for one that does not divide the blocks."""
     lengths = settings.eval.seq_lens or sorted({segment.seq_len for segment in plan.segments})

@@ -18,7 +18,7 @@ from chimera.train.data.cache import ShardCache
 from chimera.train.data.index import read_index
 from chimera.train.data.reader import BlockReader
 from chimera.train.data.shards import Shards
-from chimera.train.order.run_plan import eval_lengths
+from chimera.train.order.run_plan import eval_lengths, eval_streams
 from chimera.train.order.schedule import Plan
 from chimera.train.settings import GenerateSettings, TrainSettings
 from chimera.train.step.collate import LabelRules, StepInfo, view_sequences
@@ -95,7 +95,7 @@ def evaluators(
         return []
     lengths = eval_lengths(settings, plan)
     found = []
-    for stream in plan.streams:
+    for stream in eval_streams(settings, plan):
         known = shards.streams[stream]
         count = min(settings.eval.blocks, known.eval.blocks)
         if not count:

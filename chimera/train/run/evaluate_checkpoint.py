@@ -11,6 +11,7 @@ from composer.utils import get_device
 
 from chimera.cli import UserError, say
 from chimera.train.data.shards import Shards
+from chimera.train.order.run_plan import eval_streams
 from chimera.train.order.schedule import Plan
 from chimera.train.run.callbacks import About
 from chimera.train.run.curriculum import check_sequences, microbatch, precision_of
@@ -38,7 +39,7 @@ def evaluate(settings: TrainSettings, shards: Shards, plan: Plan, checkpoint: Pa
     check_device(settings, on_gpu)
     tokenizer = shards.tokenizer
     model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
-    check_tokens(shards.largest_ids(plan.streams), model.model.get_input_embeddings().num_embeddings)
+    check_tokens(shards.largest_ids(eval_streams(settings, plan)), model.model.get_input_embeddings().num_embeddings)
     precision = precision_of(settings, on_gpu)
     state = About(model, shards, settings, precision, plan.steps).read(checkpoint, own=False)
     seen = state["dataset_state"]["train"]
@@ -50,7 +51,7 @@ def evaluate(settings: TrainSettings, shards: Shards, plan: Plan, checkpoint: Pa
     if not found:
         raise UserError(
             f"no stream of the plan has an eval split in the shards at {shards.where}: build them with `eval_fraction` "
-            "above 0"
+            "above 0, or with `eval_sources`"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No optimizer was specified")

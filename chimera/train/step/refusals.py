@@ -12,7 +12,7 @@ from chimera.text import counted
 from chimera.train.data.cache import check_limit
 from chimera.train.data.external_shards import NO_PADDING, turn_end
 from chimera.train.data.shards import Shards
-from chimera.train.order.run_plan import end_step, eval_lengths
+from chimera.train.order.run_plan import end_step, eval_lengths, eval_streams
 from chimera.train.order.schedule import Plan
 from chimera.train.settings import TrainSettings
 from chimera.train.step.base import check_pretrained
@@ -44,6 +44,7 @@ def refusals(settings: TrainSettings, plan: Plan, shards: Shards | None, stored:
         tokenizer = shards.tokenizer
         checks += [
             lambda: shards.check_tokenizer(settings.tokenizer),
+            lambda: check_evaluated(settings, shards),
             lambda: check_ends(shards, plan),
             lambda: check_untrained(settings.train_on, shards, plan),
             lambda: check_pretrained(settings.model.get("pretrained"), tokenizer.path),
@@ -56,6 +57,21 @@ def refusals(settings: TrainSettings, plan: Plan, shards: Shards | None, stored:
             check()
         except UserError as error:
             yield error
+
+
+def check_evaluated(settings: TrainSettings, shards: Shards) -> None:
+    """Raise `UserError` where a stream of `eval.streams` cannot be evaluated; of others that is only said."""
+    for name in settings.eval.streams or ():
+        if name not in shards.streams:
+            raise UserError(
+                f"setting `eval.streams`: stream `{name}` is not in the shards at {shards.where}, which hold "
+                f"{', '.join(sorted(shards.streams))}: correct the name, or build it"
+            )
+        if not shards.streams[name].eval.blocks:
+            raise UserError(
+                f"setting `eval.streams`: stream `{name}` at {shards.root_of(name)} has no eval split: build it with "
+                "`eval_sources`, or with `eval_fraction` above 0"
+            )
 
 
 def check_ends(shards: Shards, plan: Plan) -> None:
@@ -90,6 +106,13 @@ def check_untrained(train_on: str, shards: Shards, plan: Plan) -> None:
 
 def cautions(settings: TrainSettings, shards: Shards | None) -> Iterator[str]:
     """What to look at before training, which may be as it should."""
+    trained_on = dict.fromkeys(name for phase in settings.phases for name in phase.proportions)
+    for name in trained_on if shards else ():
+        if shards and name in shards.streams and (rows := sum(shards.streams[name].overlap.values())):
+            yield (
+                f"stream {name}: the text of {counted(rows, 'row')} that it trains on is in its eval sources too, and "
+                "their loss says less: build it with `eval_overlap: remove`"
+            )
     if shards is None or shards.tokenizer.pad_id != NO_PADDING or settings.tokenizer is None:
         return
     if end := turn_end(Path(settings.tokenizer)):  # of shards made by others
@@ -124,7 +147,7 @@ def check_model(settings: TrainSettings, plan: Plan, shards: Shards | None) -> N
     check_positions(positions(config), plan, settings.beyond_positions)
     if shards is not None:
         vocabulary = config.vocab_size if settings.model.get("vocab_size") else max(config.vocab_size, size)
-        check_tokens(shards.largest_ids(plan.streams), vocabulary)
+        check_tokens(shards.largest_ids([*plan.streams, *eval_streams(settings, plan)]), vocabulary)
 
 
 def check_positions(bound: int | None, plan: Plan, beyond: bool) -> None:
