@@ -1,9 +1,9 @@
-"""Draw docs/architecture.svg, the rooms of chimera/ in the order the data flows: `python docs/architecture_picture.py`."""
+"""Draw docs/architecture.svg, the rooms of chimera/: `python docs/architecture_picture.py`."""
 
 from html import escape
 from pathlib import Path
 
-PICTURE = Path(__file__).with_name("architecture.svg")
+PAGE = Path(__file__).with_name("architecture.svg")
 WIDTH, HEIGHT, GAP, TALL = 920, 400, 14, 62
 CONVERT = [  # room: what comes out of it
     ("read", "rows, from any position"),
@@ -63,7 +63,7 @@ def wing(rooms: list[tuple[str, str]], y: float, kind: str) -> list[str]:
     return parts
 
 
-def picture() -> str:
+def page() -> str:
     """The whole picture; its colours follow the reader's, light or dark."""
     middle = WIDTH / 2
     parts = [box(0, 0, WIDTH, HEIGHT, "back")]
@@ -83,4 +83,4 @@ def picture() -> str:
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(picture(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
