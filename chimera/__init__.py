@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from chimera.commands.verify_shards import verify_shards
     from chimera.train.step.batches import Batch, Batches, batches, plan, read_config
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Batch",

@@ -28,7 +28,8 @@ from docs import site_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-IN_A_ROW = ("own-data.md", "resume.md", "other-data.md")  # each goes on with what those before it made
+GO_ON = ("other-data.md", "own-chat.md", "continue-pretraining.md", "preemptible.md")
+IN_A_ROW = ("own-data.md", "resume.md", *GO_ON)  # each goes on with what those before it made
 BLOCK = re.compile(r"^```(sh|python)( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -73,14 +74,19 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_readme_commands_run(checkout: Path) -> None:
-    run(checkout, "python convert/train_tokenizer.py yamls/demo/shards.yaml", "what `make demo` did before")
-    run(checkout, "python convert/build_shards.py yamls/demo/shards.yaml", "what `make demo` did before")
+def test_readme_commands_and_the_tour_run(checkout: Path, warm: Path) -> None:
     for block in blocks(ROOT / "README.md"):
         if block.run:
             assert block.text.count("composer") <= 1
             run(checkout, block.text.replace("max_duration=50ba", "max_duration=2ba"), block)
     assert (checkout / "demo/short/ep0-ba2-rank0.pt").exists()
+    cells = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    (checkout / "tour.py").write_text("\n\n".join("".join(cell["source"]) for cell in cells), encoding="utf-8")
+    printed = run(checkout, "MPLBACKEND=agg python tour.py", "tour.ipynb", warm)
+    shown = "".join(line for cell in cells for output in cell["outputs"] for line in output.get("text", ()))
+    assert "160 knowledge" in shown
+    assert not [line for line in shown.splitlines() if line not in printed and "loss" not in line]
 
 
 def test_pages_that_go_on_from_own_data_run_one_after_the_other(checkout: Path, warm: Path) -> None:
@@ -146,7 +152,7 @@ def check_settings(script: str, words: list[str], where: str) -> None:
         assert not overrides or configs, where
 
 
-@pytest.mark.parametrize("name", ["settings_page", "commands_page", "api_page"])
+@pytest.mark.parametrize("name", ["settings_page", "commands_page", "api_page", "architecture_picture"])
 def test_pages_made_from_the_code_say_what_it_says(name: str) -> None:
     made = importlib.import_module(f"docs.{name}")
     assert made.PAGE.read_text(encoding="utf-8") == made.page(), f"run `python docs/{name}.py`"
@@ -199,7 +205,7 @@ def check_formats(shards: Path, run: Path) -> None:
 
 
 def test_every_file_has_its_line_in_the_map() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     described = re.search(r"^## Map$.*?^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert described is not None
     found, folder = set(), ""

@@ -40,8 +40,10 @@ def _differences(file: str, packed: bytes, name: str, manifest: Manifest, raw: b
     if stream.template:
         renderer = Renderer(stream.template)
         chats = ChatRenderer(renderer, encoder.control_tokens(), tokenizer.eos_token, tokenizer.pad_token)
-    settings = StreamSettings.model_validate(manifest.settings["streams"][name])
-    reader = DocumentReader(settings, encoder.special_ids, "", chats)
+    shaping = manifest.settings["streams"][name]
+    if shaping.get("template") == "file":  # its text is the manifest's, and its path is not needed
+        shaping = shaping | {"template": "tokenizer"}
+    reader = DocumentReader(StreamSettings.model_validate(shaping), encoder.special_ids, "", chats)
     for number, line in enumerate(unpack(packed), 1):
         try:
             now = stored(line, reader, encoder)

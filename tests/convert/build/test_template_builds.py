@@ -165,6 +165,7 @@ def test_a_template_file_and_chatml_by_its_two_names(tmp_path: Path) -> None:
     chat = builds.build_here(settings(tmp_path, tmp_path / "file", family, template=str(tmp_path / "own.jinja")))
     assert chat["streams"]["chat"]["template"]["texts"] == {"default": FAMILIES["smol"].template}
     assert chat["settings"]["streams"]["chat"]["template"] == "file"
+    verify_shards.verify_shards(tmp_path / "file")
     for name in ("chat", "chatml"):
         builds.build_here(settings(tmp_path, tmp_path / name, family, format=name, template="chatml"))
     assert builds.tree(tmp_path / "chat") == builds.tree(tmp_path / "chatml")
