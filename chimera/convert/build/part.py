@@ -25,7 +25,7 @@ from chimera.convert.build.batches import (
 )
 from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.last_rows import LastRows
-from chimera.convert.build.part_state import all_shard_keys, fits, shard_keys
+from chimera.convert.build.part_state import all_shard_keys, fits
 from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_file, load_plan, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
@@ -168,10 +168,8 @@ class _Part:
 
     def _add(self, batch: list[Found], limit: int | None) -> Progress:
         """Count, encode and pack a batch, up to the document that reaches `limit`; empties `batch`."""
-        state, before = self.state, self.state.splits["train"].tokens
-        bytes_before = state.bytes
-        by_row = self.shard_format.masked or state.within or len(batch) == 1
-        if by_row or not self._add_texts(batch, limit):
+        state, before, bytes_before = self.state, self.state.splits["train"].tokens, self.state.bytes
+        if self.shard_format.masked or state.within or len(batch) == 1 or not self._add_texts(batch, limit):
             self._add_rows(batch, limit)
         if limit is not None and state.splits["train"].tokens >= limit:
             state.limit = limit
@@ -190,8 +188,7 @@ class _Part:
         held = in_eval(texts, self.eval_fraction)
         enough = lengths - 1 - len(self.encoder.bos) >= self.plan.settings.min_tokens
         if limit is not None:
-            missing = limit - state.splits["train"].tokens
-            count = cut_at(missing, batch, np.where(enough & ~held, lengths, 0))
+            count = cut_at(limit - state.splits["train"].tokens, batch, np.where(enough & ~held, lengths, 0))
             enough, held = enough[:count], held[:count]
         for name, which in (("train", enough & ~held), ("eval", enough & held)):
             ids, ends = chosen(encoded, which)
@@ -297,11 +294,6 @@ class _Part:
 
     def _send(self) -> None:
         """Hand the committed shards that are still here to the uploader."""
-        if self.uploader is None:
-            return
-        for name, split in self.splits.items():
-            for key in shard_keys(self.plan.name, name, self.state)[split.sent :]:
-                file = self.folder / name / Path(key).name
-                if file.exists():
-                    self.uploader.upload(file, key)
-            split.sent = len(split.state.shards)
+        if self.uploader:
+            for split in self.splits.values():
+                split.send(self.uploader, self.plan.name)

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from chimera.convert.build.part_state import SplitState
+from chimera.convert.build.store import Uploader
 from chimera.convert.pack.packing import Packer
-from chimera.mds import Array, ShardFormat, write_shard
+from chimera.mds import Array, ShardFormat, file_of, write_shard
 
 SLICE = 1 << 22  # tokens of a longer document that are packed at a time
 
@@ -80,6 +81,14 @@ class ShardWriter:
         self.blocks, self.masks = [blocks[full:]], [masks[full:]] if masks is not None else []
         self.state.passed += min(full, waiting)
         return True
+
+    def send(self, uploader: Uploader, stream: str) -> None:
+        """Hand the shards that are still here to the uploader, each once."""
+        for entry in self.state.shards[self.sent :]:
+            file = self.folder / file_of(entry)["basename"]
+            if file.exists():
+                uploader.upload(file, f"{stream}/{self.folder.name}/{file.name}")
+        self.sent = len(self.state.shards)
 
     def arrays(self) -> dict[str, Array]:
         """What waits for a shard, for the part's state, whose `passed` counts from here on."""

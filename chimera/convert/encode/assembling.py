@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from chimera.convert.encode.document import Document, Piece
 from chimera.mds import Array
+
+BATCH = 1 << 20  # characters or bytes handed to an engine at a time
+T = TypeVar("T", str, bytes, Piece)
 
 
 class Encoded(NamedTuple):
@@ -33,6 +36,22 @@ class Encoded(NamedTuple):
             ids, mask = (None if a is None else a if alone else a[begin:end].copy() for a in (self.ids, self.mask))
             assert ids is not None
             yield ids, mask, self.answers[index] if self.answers else []
+
+
+def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Texts, and special tokens between them, in lists of about `BATCH`; mostly all of them are one."""
+    if sum(len(item) for item in items if not isinstance(item, int)) < BATCH:
+        yield items
+        return
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += 1 if isinstance(item, int) else len(item)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def woven(pieces: Sequence[Piece], ids: Array, ends: Array) -> tuple[Array, Array]:

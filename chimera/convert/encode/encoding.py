@@ -6,20 +6,20 @@ that are not special (whole words a tokenizer was extended with) are found in te
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chimera.chatml import IM_END, IM_START
 from chimera.cli import UserError
-from chimera.convert.encode.assembling import Encoded, assembled, woven
+from chimera.convert.encode.assembling import Encoded, assembled, batched, woven
 from chimera.convert.encode.control import ControlToken, ControlTokens, GoesOn
-from chimera.convert.encode.document import Document, Piece
+from chimera.convert.encode.document import Document
 from chimera.convert.encode.engines import NAMES, Engine, Flat, Given, Tokenizers, choose, joined, wanted
 from chimera.convert.encode.equivalence import same_in_pieces
 from chimera.convert.encode.joints import prefix_of, without_prefix
@@ -30,9 +30,6 @@ from chimera.tokenizer_file import before_text, file_of, load, read_json, specia
 
 if TYPE_CHECKING:
     from chimera.convert.settings import TokenizerSettings
-
-BATCH = 1 << 20  # characters or bytes handed to an engine at a time
-T = TypeVar("T", str, bytes, Piece)
 
 
 class Encoder:
@@ -176,7 +173,7 @@ class Encoder:
         bos = () if any(document.assistant for document in documents) else self.bos
         ids = bytearray()  # which grows in place: a long document's ids are in memory once
         lengths: list[Array] = [np.zeros(0, np.int64)]
-        for pieces in _batches(piece for document in documents for piece in (*bos, *document.pieces, self.eos_id)):
+        for pieces in batched([piece for document in documents for piece in (*bos, *document.pieces, self.eos_id)]):
             some, their_lengths = woven(pieces, *self._encode_pieces([p for p in pieces if isinstance(p, bytes)]))
             ids += some.data
             lengths.append(their_lengths)
@@ -202,7 +199,7 @@ class Encoder:
         on = copy(self)
         on._engine = Tokenizers(self._going_on)
         begin, rest = (
-            encoder._encode_texts(text.decode() for text, goes in zip(texts, going, strict=True) if goes == which)
+            encoder._encode_texts([text.decode() for text, goes in zip(texts, going, strict=True) if goes == which])
             for encoder, which in ((self, False), (on, True))
         )
         return joined([next(rest if goes else begin) for goes in going], self.dtype)
@@ -211,13 +208,13 @@ class Encoder:
         ids, ends = self._engine.encode_batch(texts)
         return ids.astype(self.dtype, copy=False), ends
 
-    def _encode_texts(self, texts: Iterable[str]) -> Iterator[Array]:
+    def _encode_texts(self, texts: Sequence[str]) -> Iterator[Array]:
         """The ids of each text."""
-        for batch in _batches(texts):
+        for batch in batched(texts):
             ids, ends = self._encode_batch(batch)
             yield from (ids[start:end] for start, end in pairwise(ends.tolist()))
 
-    def _encode_slowly(self, texts: Iterable[str]) -> Iterator[Array]:
+    def _encode_slowly(self, texts: Sequence[str]) -> Iterator[Array]:
         slow = copy(self)
         slow._engine = Tokenizers(self._tokenizer)
         return slow._encode_texts(texts)
@@ -268,19 +265,6 @@ class Encoder:
 
     def _take(self, why: str) -> None:
         self.path, self._why, self.reason = self._engine.name, why, why + self._long
-
-
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    """Texts, and the special tokens between them, in lists of about `BATCH`."""
-    batch: list[T] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += 1 if isinstance(item, int) else len(item)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 def _of_text_alone(tokenizer_json: str | bytes) -> Any:
