@@ -202,7 +202,7 @@ class Encoder:
         on = copy(self)
         on._engine = Tokenizers(self._going_on)
         begin, rest = (
-            encoder._encode_texts(text.decode() for text, goes in zip(texts, going, strict=True) if goes == which)
+            encoder._encode_texts([text.decode() for text, goes in zip(texts, going, strict=True) if goes == which])
             for encoder, which in ((self, False), (on, True))
         )
         return joined([next(rest if goes else begin) for goes in going], self.dtype)
