@@ -111,7 +111,8 @@ class ConversationReader:
                 return (name,)
         for prompt, answer in (*PAIRS, *product(PROMPTS, ANSWERS)):
             if row.get(prompt) is not None and row.get(answer) is not None:
-                dolly = (prompt, answer) == ("instruction", "response") and row.get("input") is None
+                dolly = (prompt, answer) == ("instruction", "response") and not says(row.get("input"))
+                dolly &= isinstance(row.get("context"), (str, bytes)) and says(row["context"])
                 return (prompt, answer, "context" if dolly else "input", "history")
         for name in OTHER_LISTS:
             if _are_messages(row.get(name)):
