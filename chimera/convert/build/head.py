@@ -14,6 +14,7 @@ from chimera.convert.read.reading import Position, Wanted
 from chimera.convert.read.sources import Part, rows
 from chimera.convert.settings import StreamSettings
 from chimera.limits import Limits
+from chimera.text import one_line
 
 SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agree with the slow one
 SAMPLE_BYTES = 1 << 20
@@ -98,6 +99,9 @@ def sample_of(where: str, stream: StreamSettings, opened: Head, reader: Document
         )
     if dropped and not read:
         more = f"; the template says: {reader.template_error}" if reader.template_error else ""
+        if dropped["unknown_role"]:
+            role = one_line(reader.conversations.unknown_role)[:80]
+            more += f"; a role is {role!r}: say whose it is in `roles`, as {{{role}: user}}"
         say(f"{where}: warning: none of the first {dropped.total()} rows of its source is a document ({reasons}{more})")
     return sample
 

@@ -176,6 +176,7 @@ def check_streams(manifest: Manifest, plan: BuildPlan, work: Path) -> None:
             kept = {"set aside by `eval_fraction`": stream.eval.documents} if stream.eval.documents else {}
             found = {**kept, **stream.rows.filtered, **stream.rows.rejected}
             counts = ", ".join(f"{n} {reason}" for reason, n in found.items())
+            counts += ": its files are not UTF-8, make them so (`iconv -f LATIN1 -t UTF-8`)" * ("invalid_utf8" in found)
             raise UserError(
                 f"streams.{name}: no document for training in {stream.rows.read} rows ({counts or 'no row'}): fix its "
                 f"`format`, `column` or `sources` and set `rebuild=true`{_rejects(plan.streams[name], work)}"

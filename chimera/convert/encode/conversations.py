@@ -4,7 +4,9 @@ A row is read by the fields it has, so one file may hold several shapes:
 
 - a list of messages, `messages` or `conversations`, or the one that the stream's `messages` names;
 - a prompt and its answer: `instruction` (with `input`) and `output`, `prompt` and `completion` or `response`,
-  `question` and `answer`. With `history` before them, pairs or messages. Prompt and completion may be messages too.
+  `question` and `answer`, Dolly's `instruction` (with `context`) and `response`. With `history` before them, pairs or
+  messages. Prompt and completion may be messages too;
+- where there is none of these, `conversation`, `query` and `response` or `answer`, `input` and `output`.
 
 Each list may be written as a JSON string. A `system` field begins the conversation.
 
@@ -20,12 +22,12 @@ from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from chimera.convert.encode.texts import Reject, Texts, blank, pieces, utf8
-from chimera.convert.read.columns import ANSWERS, BESIDE, LISTS, PROMPTS
+from chimera.convert.read.columns import ANSWERS, BESIDE, LISTS, OTHER_LISTS, OTHER_PAIRS, PROMPTS
 from chimera.convert.read.parsing import Dropped, parse_json
 from chimera.convert.settings import ROLES, MessageKeys
 
 _NAMES = {role: role for role in ROLES}
-_NAMES |= {"human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"}
+_NAMES |= {"human": "user", "gpt": "assistant", "model": "assistant", "function": "tool", "prompter": "user"}
 
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 _SYSTEM = ("system", "system_prompt", "system_message")
@@ -73,6 +75,7 @@ class ConversationReader:
         self._list = None if messages == "auto" else keys.list
         self._role_key, self._content_key = keys.role, keys.content
         self._roles = {**_NAMES, **roles}
+        self.unknown_role = ""  # the last
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
         """The row's conversation. Raises `Reject`."""
@@ -94,7 +97,7 @@ class ConversationReader:
         if len(used) == 1:
             turns = self._messages(row[used[0]], ignored, f"{used[0]}[].")
         else:
-            turns = self._pair(row, used[0], used[1], ignored)
+            turns = self._pair(row, used[0], used[1], used[2], ignored)
         if system:
             turns = _with_system(Turn("system", pieces(row[system])), turns, system)
         return Conversation(turns, "/".join(used[:2]), ignored, tools)
@@ -108,7 +111,15 @@ class ConversationReader:
                 return (name,)
         for prompt, answer in (*PAIRS, *product(PROMPTS, ANSWERS)):
             if row.get(prompt) is not None and row.get(answer) is not None:
-                return (prompt, answer, "input", "history")
+                dolly = (prompt, answer) == ("instruction", "response") and not says(row.get("input"))
+                dolly &= isinstance(row.get("context"), (str, bytes)) and says(row["context"])
+                return (prompt, answer, "context" if dolly else "input", "history")
+        for name in OTHER_LISTS:
+            if _are_messages(row.get(name)):
+                return (name,)
+        for prompt, answer in OTHER_PAIRS:
+            if row.get(prompt) is not None and row.get(answer) is not None:
+                return (prompt, answer, "" if prompt == "input" else "input", "history")
         raise Reject("missing_field")
 
     @staticmethod
@@ -117,17 +128,20 @@ class ConversationReader:
             raise Reject("missing_field")
         return (name,)
 
-    def _pair(self, row: Mapping[str, Any], prompt: str, answer: str, ignored: list[str]) -> list[Turn]:
-        """Prompt and answer, texts or messages. Of messages only the answer's are learned, as elsewhere."""
+    def _pair(self, row: Mapping[str, Any], prompt: str, answer: str, more: str, ignored: list[str]) -> list[Turn]:
+        """Prompt, with what is given to it under `more`, and answer: texts or messages.
+
+        Of messages only the answer's are learned, as elsewhere.
+        """
         turns = self._history(row.get("history"), ignored)
         if _are_messages(row[prompt]):
-            if says(row.get("input")):
-                raise Reject("unused_field:input")
+            if says(row.get(more)):
+                raise Reject(f"unused_field:{more}")
             asked = self._messages(row[prompt], ignored, f"{prompt}[].")
             turns += [replace(turn, trained=False) for turn in asked]
         else:
             question = pieces(row[prompt])
-            if row.get("input") is not None and not blank(given := pieces(row["input"])):
+            if row.get(more) is not None and not blank(given := pieces(row[more])):
                 question = (*question[:-1], question[-1] + b"\n" + given[0], *given[1:])
             turns.append(Turn("user", question))
         if _are_messages(row[answer]):
@@ -172,8 +186,9 @@ class ConversationReader:
             else:
                 ignored[key] = None
         name = utf8(message.get(role_key)).decode("utf-8", "replace")
-        role = self._roles.get(name)
+        role = self._roles.get(name) or self._roles.get(name.lower())
         if role is None:
+            self.unknown_role = name
             raise Reject("unknown_role")
         beside = _beside(beside)
         content = message.get(content_key)

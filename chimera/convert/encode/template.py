@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,16 @@ class Renderer:
 def _compiled(text: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return _compile_jinja_template(text)
+    found = _compile_jinja_template(text)
+    found.environment.getattr = partial(_attribute, type(found.environment).getattr, found.environment)
+    return found
+
+
+def _attribute(sandboxed: Any, environment: Any, of: Any, name: str) -> Any:
+    """What the sandbox gives for `message.content`, without its failing first to find an attribute of that name."""
+    if type(of) is dict and name in of and not hasattr(dict, name):
+        return of[name]
+    return sandboxed(environment, of, name)
 
 
 def read_template(stream: "StreamSettings", tokenizer: "TokenizerSettings", where: str) -> ChatTemplate:

@@ -11,6 +11,8 @@ SMALL_BATCH = 1 << 20  # bytes: its rows may be in memory together, which takes 
 LISTS = ("messages", "conversations")
 PROMPTS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "completion", "response", "answer")
+# Where there is none of these: of WildChat and LMSYS, of MetaMath, and the plainest names of a pair.
+OTHER_LISTS, OTHER_PAIRS = ("conversation",), (("query", "response"), ("query", "answer"), ("input", "output"))
 # What `encode/conversations.py` uses of a row, or refuses it for; other columns are not read.
 BESIDE = (
     *("input", "history", "system", "system_prompt", "system_message", "context", "chat_template_kwargs"),
@@ -51,8 +53,11 @@ def check_columns(where: str, names: list[str], column: Wanted) -> list[str]:
 def _conversation(names: list[str], column: Mapping[str, str] | None) -> list[str]:
     """The columns a conversation can be read from, with what may stand beside it; none when they do not suffice."""
     have = set(names)
-    enough = have.intersection(LISTS) or (have.intersection(PROMPTS) and have.intersection(ANSWERS))
+    enough = bool(have.intersection(LISTS) or (have.intersection(PROMPTS) and have.intersection(ANSWERS)))
     wanted = set(CHAT_COLUMNS) if column is None else {*BESIDE, column["list"]}
+    if not enough:
+        wanted |= {*OTHER_LISTS, *(name for pair in OTHER_PAIRS for name in pair)} if column is None else set()
+        enough = bool(have.intersection(OTHER_LISTS)) or any(have.issuperset(pair) for pair in OTHER_PAIRS)
     return [name for name in names if name in wanted] if enough or column is not None else []
 
 

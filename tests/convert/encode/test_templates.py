@@ -1,13 +1,21 @@
 """Chat templates: what is stored is what the tokenizer's own template gives, and contents stay text in it."""
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chimera.cli import UserError
 from chimera.convert.encode.document import Document
+from chimera.convert.encode.template import loaded_tokenizer
 from tests.convert.encode.chat_families import FAMILIES, Chats
 from tests.convert.small_tokenizer import PAD
 
@@ -321,3 +329,46 @@ def test_the_name_of_a_tool_stands_in_its_call(chats: Any) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "meteo", "arguments": {}}}]}
     said = {"role": "tool", "name": "meteo", "content": "sole"}
     assert chats("llama").read([USER, call, said, SAID], tools=[{"name": "meteo"}]).pieces
+
+
+_BITS = [
+    "Il gatto",
+    " ",
+    "\n\n",
+    "<think>",
+    "</think>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|im_end",
+    "im_end|>",
+    "|>",
+    "</s>",
+    "[INST]",
+]
+_TEXTS = st.lists(st.sampled_from([*_BITS, "<|eot_id|>", "\u3000", "{{ 1 }}", "😀", "<", "a"]), max_size=4).map("".join)
+_TURNS = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), _TEXTS), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(_TURNS, st.booleans())
+def test_a_rendering_is_that_of_transformers(turns: list[tuple[str, str]], prompt: bool) -> None:
+    """The renderer goes around what takes `transformers` longest; so does its sandbox for keys of messages."""
+    messages = [{"role": role, "content": text, "items": "x"} for role, text in turns]
+    for name, chats in _renderers().items():
+        loaded = loaded_tokenizer(chats.settings.tokenizer)
+        try:
+            served = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except jinja2.exceptions.TemplateError:
+            served = None
+        assert chats.reader.chats is not None
+        assert chats.reader.chats.renderer.render_or_none(messages, None, prompt) == served, name
+
+
+@cache
+def _renderers() -> dict[str, Chats]:
+    scratch = Path(tempfile.mkdtemp(prefix="chimera-renderers-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    odd = "{{ messages[0].items is callable }}{{ messages[0].keys()|list|length }}{{ messages[0].none is defined }}"
+    families = {**FAMILIES, "odd": replace(FAMILIES["smol"], template=FAMILIES["smol"].template + odd)}
+    names = ("qwen", "gemma", "llama", "zephyr", "odd")
+    return {name: Chats(families[name], scratch / name) for name in names}
