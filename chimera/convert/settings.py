@@ -19,6 +19,8 @@ from chimera.limits import LEAST, Limits, available_memory
 from chimera.mds import known_hashes
 from chimera.stores import check_writable, is_remote
 
+LEASE = "builder.json"  # of a store, while a build writes to it: who it is
+WORK = ".work"  # of a local output, while it is built: what is unfinished
 Packing = Literal["concat", "best_fit", "none"]
 PACKINGS = get_args(Packing)
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -207,7 +209,10 @@ class BuildSettings(Settings):
     work: Place | None = Field(
         None, description="folder for unfinished work; null: OUTPUT/.work, or ~/.cache/chimera for a remote output"
     )
-    rebuild: Switch = Field(False, description="replace an output that was built with other settings")
+    rebuild: Switch = Field(
+        False,
+        description="replace an output that was built with other settings; remove its streams that are not named here",
+    )
     streams: dict[str, StreamSettings] = Field({}, min_length=1, description="what each stream is made of, by its name")
 
     @field_validator("output")
@@ -285,7 +290,7 @@ class BuildSettings(Settings):
         It is removed with the work, so it is never a folder of the user's.
         """
         if self.work is None and not self.remote:
-            return Path(self.output).absolute() / ".work"
+            return Path(self.output).absolute() / WORK
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chimera"
         output = self.output.rstrip("/") if self.remote else os.path.realpath(self.output)
         return Path(self.work or cache).absolute() / f"build-{hashlib.sha256(output.encode()).hexdigest()[:16]}"

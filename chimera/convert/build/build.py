@@ -13,7 +13,8 @@ from chimera.cli import UserError, say
 from chimera.convert.build import part_state
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
-from chimera.convert.build.outputs import Output, open_output
+from chimera.convert.build.growth import end_removal, is_published, missing, remove_streams, shared, unnamed
+from chimera.convert.build.outputs import Output, manifest_of, open_output
 from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
 from chimera.convert.build.publish import publish
@@ -23,7 +24,7 @@ from chimera.convert.encode.template import changed_templates
 from chimera.convert.read.sources import added_files, changed_files, gone_files
 from chimera.convert.settings import BuildSettings, differences, identity, running_settings
 from chimera.files import write_whole
-from chimera.manifest import Manifest, NotAManifest, Source, Stream, parse_manifest
+from chimera.manifest import Manifest, Source, Stream
 from chimera.text import one_line
 
 
@@ -35,33 +36,48 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
     work, output = settings.work_folder, open_output(settings)
     begun = (work / "plan.json").exists()  # with a tokenizer that was proven: to compare with it needs no proof
     encoder = Encoder.from_settings(settings.tokenizer, "tokenizers" if begun else None)
-    if not settings.remote and not work.exists() and (whole := look(settings, work, output, encoder).whole):
-        return whole  # which needs no permission to write there
+    if not settings.remote and not work.exists():
+        found = look(settings, work, output, encoder)
+        if found.whole and not found.gone:
+            return found.whole  # which needs no permission to write there
     with output.lock() as alone, part_state.lock_of(work) as free:
         if not (alone and free):
             raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
+        end_removal(work, output)
         try:
             found = look(settings, work, output, encoder)
-            if found.whole:
+            if found.whole or found.published:
                 if (work / "plan.json").exists():
                     output.release_lease()
                 part_state.empty(work)
+            if found.whole and not found.gone:
                 return found.whole
             if begun and found.state is not State.RESUMING:
                 encoder = Encoder.from_settings(settings.tokenizer)
-            plan = begin(found, settings, work, output, encoder)
+            plan = None if found.whole else begin(found, work, output, encoder)
         except BaseException:
             if not (work / "plan.json").exists():
                 part_state.empty(work)  # nothing has begun
             raise
-        output.acquire(work, settings.rebuild)
-        plan = cleared(plan, work, output)
+        output.acquire(work, settings.rebuild, finished=found.base is not None)
+        if found.base and manifest_of(output) != found.base:  # of a builder that had the lease since this one looked
+            output.release_lease()
+            raise UserError(f"another builder has just changed {settings.output}: run the same command again")
+        if found.base and found.gone:
+            found = replace(found, base=remove_streams(found.base, found.gone, work, output))
+        if plan is None:
+            assert found.base
+            output.release_lease()
+            part_state.empty(work)
+            return found.base
+        plan = cleared(plan, work, output, found.base)
         with executor:
             parts = Dispatcher(plan.streams, work, settings.stall_after).run(executor)
-        manifest = publish(plan, parts, work, output)
+        manifest = publish(plan, parts, work, output, found.base)
         part_state.empty(work)
     for name, stream in manifest.streams.items():
-        say(f"{name}: {summary(stream, settings.streams[name].max_tokens)}")
+        if name in found.settings.streams:
+            say(f"{name}: {summary(stream, settings.streams[name].max_tokens)}")
     return manifest
 
 
@@ -81,11 +97,19 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Found:
-    """What a build begins with: the manifest of its output and the plan in its work folder, where they matter."""
+    """What a build begins with: the manifest of its output and the plan in its work folder, where they matter.
+
+    `settings` are of the streams that it builds: all, or those that the finished output of `base` has not yet; `gone`
+    are its streams that go, as `rebuild` says. The plan may be `published` by then: only its work folder is left.
+    """
 
     state: State
     manifest: Manifest | None
     plan: BuildPlan | None
+    settings: BuildSettings
+    base: Manifest | None = None
+    gone: tuple[str, ...] = ()
+    published: bool = False
 
     @property
     def whole(self) -> Manifest | None:
@@ -98,15 +122,21 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
     Raises `UserError` with the difference where they have other settings, another tokenizer (`encoder` has that of the
     settings) or other files, unless `rebuild` lets them go.
     """
-    manifest = manifest_of(output)
+    manifest, base = manifest_of(output), None
+    gone: tuple[str, ...] = ()
     if manifest is not None:
-        changed = changes(manifest, settings, encoder)
-        if not changed:
-            say(f"{settings.output} is finished: nothing to do")
-            return Found(State.FINISHED, manifest, None)
-        if not settings.rebuild:
-            raise UserError(refusal(settings.output, changed))
+        common = shared(manifest, settings, encoder)
+        if common and not changes(*common, encoder):
+            base, gone, settings = manifest, unnamed(manifest, settings), missing(manifest, settings)
+            if not settings.streams:
+                say(f"{settings.output} is finished: nothing {'more to build' if gone else 'to do'}")
+                return Found(State.FINISHED, manifest, None, settings, base, gone)
+            manifest = None
+        elif not settings.rebuild:
+            raise UserError(refusal(settings.output, changes(manifest, settings, encoder)))
     plan = load_plan(work) if (work / "plan.json").exists() else None
+    if plan is not None and base is not None and is_published(plan, base):
+        return Found(State.NEW, None, None, settings, base, gone, published=True)
     if plan is not None:
         changed = changes(plan, settings, encoder)
         if changed and not settings.rebuild:
@@ -115,12 +145,13 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
             changed += [file for stream in plan.streams.values() for file in gone_files(stream.source.describe)]
         if not changed and manifest is None:  # or another build was published since, in the place of this one
             say(f"going on with the unfinished build in {work}")
-            return Found(State.RESUMING, None, plan)
-    return Found(State.REPLACING if settings.rebuild else State.NEW, manifest, plan)
+            return Found(State.RESUMING, None, plan, settings, base, gone)
+    return Found(State.REPLACING if settings.rebuild else State.NEW, manifest, plan, settings, base, gone)
 
 
-def begin(found: Found, settings: BuildSettings, work: Path, output: Output, encoder: Encoder) -> BuildPlan:
+def begin(found: Found, work: Path, output: Output, encoder: Encoder) -> BuildPlan:
     """The plan to go by, written to the work folder. Raises `UserError` where there is no room for a new build."""
+    settings = found.settings
     if found.state is State.RESUMING:
         assert found.plan is not None
         plan = replace(found.plan, running=running_settings(settings))  # how it runs may change at any time
@@ -130,41 +161,32 @@ def begin(found: Found, settings: BuildSettings, work: Path, output: Output, enc
     older = {*(found.manifest.streams if found.manifest else ())}
     if found.plan:
         older |= {*found.plan.streams, *found.plan.clearing}
+    if found.base:
+        older -= found.base.streams.keys()
+        say(f"{output.name} stays as it is, and beside it {' and '.join(settings.streams)} will be built")
     plan = make_plan(settings, work, older, encoder)  # first: nothing is removed for sources that do not open
-    output.check_free(plan.clearing, settings.rebuild)
+    output.check_free(plan.clearing, settings.rebuild, finished=found.base is not None)
     write_whole(work / "tokenizer.json", encoder.raw)
     plan.write(work)
     return plan
 
 
-def cleared(plan: BuildPlan, work: Path, output: Output) -> BuildPlan:
-    """The plan once what it replaces is removed. Until then it names those streams, for a rerun."""
+def cleared(plan: BuildPlan, work: Path, output: Output, base: Manifest | None) -> BuildPlan:
+    """The plan once what it replaces is removed, but for what is of `base`. Until then it names those streams."""
     if not plan.clearing:
         return plan
-    output.clear(plan.clearing)
+    kept = base.streams if base else {}
+    output.clear([name for name in plan.clearing if name not in kept], finished=base is not None)
     for parts in work.glob(f"{PARTS}*"):
         for folder in [path for path in parts.glob("*/*") if path.is_dir()]:
+            if folder.parent.name.removesuffix(EVAL) in kept:
+                continue
             for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
                 output.delete_shard(key)
         shutil.rmtree(parts)
     plan = replace(plan, clearing=[])
     plan.write(work)
     return plan
-
-
-def manifest_of(output: Output) -> Manifest | None:
-    """The output's manifest, or `None` before it is whole. Raises `UserError` for one of another program."""
-    data = output.read("manifest.json")
-    try:
-        return None if data is None else parse_manifest(data)
-    except NotAManifest:
-        raise UserError(
-            f"{output.name}/manifest.json was written by another version or program: choose another `output`"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{output.name}/manifest.json is damaged ({error}): bring it back, or remove that file"
-        ) from None
 
 
 def changes(old: Manifest | BuildPlan, settings: BuildSettings, encoder: Encoder) -> list[str]:

@@ -14,13 +14,13 @@ from chimera.cli import UserError, say
 from chimera.convert.build.part_state import SENT
 from chimera.convert.build.plan import PARTS
 from chimera.convert.build.store import SECONDS
-from chimera.convert.settings import BuildSettings
+from chimera.convert.settings import LEASE, BuildSettings
 from chimera.files import move_file, try_lock, write_whole
+from chimera.manifest import Manifest, NotAManifest, parse_manifest
 from chimera.mds import SPLITS, Json, digest, file_of
 from chimera.objects import Objects
 from chimera.retries import OPENING
 
-LEASE = "builder.json"  # while a build writes to a store: who it is
 _OURS = re.compile(r"index\.json|shard\.[\w.]+|\..+\.tmp")  # files of a split
 
 
@@ -50,20 +50,26 @@ class Output(Protocol):
         """
         ...
 
-    def acquire(self, work: Path, rebuild: bool) -> None:
-        """Refuse with `UserError` when another work folder's build has begun here, or take over under `rebuild`."""
+    def acquire(self, work: Path, rebuild: bool, finished: bool = False) -> None:
+        """Refuse with `UserError` when another work folder's build has begun here, or take over under `rebuild`.
+
+        `finished`: it has a manifest, and streams are built beside those that it names.
+        """
         ...
 
     def check_lease(self) -> None:
         """Raise `UserError` where another builder has taken this one's place since `acquire`."""
         ...
 
-    def check_free(self, streams: Iterable[str], rebuild: bool) -> None:
+    def check_free(self, streams: Iterable[str], rebuild: bool, finished: bool = False) -> None:
         """Raise `UserError` where there is no room for a new build of `streams`; `rebuild` lets an older one go."""
         ...
 
-    def clear(self, streams: Iterable[str]) -> None:
-        """Remove what an older build left of `streams`, the manifest first; may be repeated after a kill."""
+    def clear(self, streams: Iterable[str], finished: bool = False) -> None:
+        """Remove what an older build left of `streams`, the manifest first; may be repeated after a kill.
+
+        `finished`: the manifest names none of them, and stays.
+        """
         ...
 
     def remove_stale(self, split: str, known: Iterable[str]) -> None:
@@ -84,6 +90,21 @@ def open_output(settings: BuildSettings) -> Output:
     if settings.remote:
         return StoreOutput(settings.output, settings.work_folder, settings.retries)
     return FolderOutput(settings.output)
+
+
+def manifest_of(output: Output) -> Manifest | None:
+    """The output's manifest, or `None` before it is whole. Raises `UserError` for one of another program."""
+    data = output.read("manifest.json")
+    try:
+        return None if data is None else parse_manifest(data)
+    except NotAManifest:
+        raise UserError(
+            f"{output.name}/manifest.json was written by another version or program: choose another `output`"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{output.name}/manifest.json is damaged ({error}): bring it back, or remove that file"
+        ) from None
 
 
 class FolderOutput:
@@ -130,13 +151,13 @@ class FolderOutput:
         data = place.read_bytes() if place.exists() else b""
         return len(data) == file["bytes"] and all(digest(name, data) == value for name, value in file["hashes"].items())
 
-    def acquire(self, work: Path, rebuild: bool) -> None:
+    def acquire(self, work: Path, rebuild: bool, finished: bool = False) -> None:
         pass
 
     def check_lease(self) -> None:
         """Nothing: the lock is held."""
 
-    def check_free(self, streams: Iterable[str], rebuild: bool) -> None:
+    def check_free(self, streams: Iterable[str], rebuild: bool, finished: bool = False) -> None:
         for folder in [self._root / name for name in streams if os.path.lexists(self._root / name)]:
             if not rebuild:
                 raise UserError(
@@ -148,8 +169,9 @@ class FolderOutput:
                     f"{foreign} was not made by a build: move it away before `rebuild=true` removes the rest"
                 )
 
-    def clear(self, streams: Iterable[str]) -> None:
-        (self._root / "manifest.json").unlink(missing_ok=True)  # first: nothing half removed may look whole
+    def clear(self, streams: Iterable[str], finished: bool = False) -> None:
+        if not finished:
+            (self._root / "manifest.json").unlink(missing_ok=True)  # first: nothing half removed may look whole
         for name in streams:
             for split in SPLITS:
                 self.remove_stale(f"{name}/{split}", [])
@@ -220,7 +242,7 @@ class StoreOutput:
     def publish_shard(self, made: Path, key: str, entry: Json) -> bool:
         return made.with_name(made.name + SENT).exists()
 
-    def acquire(self, work: Path, rebuild: bool) -> None:
+    def acquire(self, work: Path, rebuild: bool, finished: bool = False) -> None:
         mine = work / "builder"
         if not mine.exists():
             write_whole(mine, secrets.token_hex(8).encode())
@@ -232,7 +254,9 @@ class StoreOutput:
         elif found != lease:
             self._take_over(work, lease, rebuild)
         self.check_lease()
-        if self._store.exists("manifest.json"):  # of a builder that had the lease since this one looked
+        if not finished and self._store.exists(
+            "manifest.json"
+        ):  # of a builder that had the lease since this one looked
             self.release_lease()
             raise UserError(f"another builder has just finished {self.name}: run the same command again")
 
@@ -250,9 +274,9 @@ class StoreOutput:
             shutil.rmtree(parts)
         self._store.put(LEASE, lease)
 
-    def check_free(self, streams: Iterable[str], rebuild: bool) -> None:
+    def check_free(self, streams: Iterable[str], rebuild: bool, finished: bool = False) -> None:
         """A finished build is removed by hand alone; `rebuild` lets what one left unfinished go."""
-        if self._store.exists("manifest.json"):
+        if not finished and self._store.exists("manifest.json"):
             raise UserError(f"remove the objects below {self.name} before it is built anew")
         for key in self._indexes(streams):
             if not rebuild and self._store.exists(key):
@@ -261,9 +285,14 @@ class StoreOutput:
                     "one, or set `rebuild=true`"
                 )
 
-    def clear(self, streams: Iterable[str]) -> None:
-        for key in self._indexes(streams):
+    def clear(self, streams: Iterable[str], finished: bool = False) -> None:
+        for key in self._indexes(streams := [*streams]):
             self._store.delete(key)
+        for name in streams if finished else ():
+            for split in SPLITS:
+                self.remove_stale(f"{name}/{split}", [])
+            for beside in ("rejects", "proof"):
+                self._store.delete(f"{beside}/{name}.jsonl.zst")
 
     def remove_stale(self, split: str, known: Iterable[str]) -> None:
         kept = {*known}

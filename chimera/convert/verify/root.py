@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from chimera.cli import UserError
+from chimera.convert.settings import LEASE, WORK
 from chimera.manifest import Manifest, parse_manifest
 from chimera.mds import SPLITS
 from chimera.objects import Objects
@@ -39,14 +40,17 @@ class Root:
             raise VerifyError(f"{name}: cannot be read: {error.strerror}") from None
 
     def strays(self, streams: Collection[str]) -> list[str]:
-        """Files of `streams`, and indexes of others, that were not read."""
+        """Files of `streams`, and indexes of others, that were not read; not those of a build that is under way."""
         if self._store is not None:
             names = [entry.key for entry in self._store.list()]
+            growing = LEASE in names
         else:
             names = [str(p.relative_to(self.root)) for split in SPLITS for p in Path(self.root).glob(f"*/{split}/*")]
+            growing = (Path(self.root) / WORK / "plan.json").exists()
         parts = [(name, name.split("/")) for name in names]
         found = [(name, part) for name, part in parts if len(part) == 3 and part[1] in SPLITS]
-        return sorted({name for name, part in found if part[2] == "index.json" or part[0] in streams} - self.seen)
+        of_others = set() if growing else {name for name, part in found if part[2] == "index.json"}
+        return sorted((of_others | {name for name, part in found if part[0] in streams}) - self.seen)
 
 
 def read_manifest(root: Root) -> Manifest:

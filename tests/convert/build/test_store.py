@@ -13,6 +13,7 @@ import pytest
 
 from chimera import retries
 from chimera.cli import UserError
+from chimera.commands.verify_shards import verify_shards
 from chimera.convert.build.store import worker_store
 from chimera.objects import Objects
 from chimera.objects_obstore import ObstoreClient
@@ -296,3 +297,27 @@ def test_chaos_kills_of_builds_into_a_store(
             assert builds.tree(root / str(rounds)) == wanted
             rounds += 1
     print(f"\n{kind}: {kills} kills over {rounds} builds, each ended byte-identical to the build into a folder")
+
+
+def test_a_finished_output_takes_more_streams(
+    sources: Path, wanted: dict[str, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = remote(sources, tmp_path)
+    few = {**whole, "streams": {name: whole["streams"][name] for name in ("columns", "chats")}}
+    builds.build_here(few)
+    sent = len(s3.requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "put", _stop_at("tokenizer/tokenizer.json", Objects.put))
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(whole)
+    verify_shards(f"s3://bucket/{PREFIX}")  # as it was, whatever lies beside it
+    elsewhere = {**whole, "work": str(tmp_path / "elsewhere")}
+    with pytest.raises(UserError, match=r"limited/train/index.json is not of this build: choose another `output`"):
+        builds.build_here(elsewhere)
+    builds.build_here(whole)
+    assert objects(s3) == wanted
+    changed = [line.split()[1] for line in s3.requests[sent:] if line.startswith(("PUT", "DELETE"))]
+    assert not [path for path in changed if "/columns/" in path or "/chats/" in path]
+    builds.build_here({**few, "rebuild": True})
+    assert not [key for key in objects(s3) if "limited" in key]
+    verify_shards(f"s3://bucket/{PREFIX}")

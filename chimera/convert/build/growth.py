@@ -1,0 +1,108 @@
+"""A finished output whose config names other streams now: new ones are built beside the others, which stay as they are.
+
+Until the last step the manifest names the old streams alone, so whoever reads the output sees it whole; then one write
+replaces it. Streams that the config names no more are kept.
+"""
+
+import json
+from pathlib import Path
+
+from chimera.cli import say
+from chimera.convert.build.outputs import Output, manifest_of
+from chimera.convert.build.part_state import EVAL
+from chimera.convert.build.plan import BuildPlan
+from chimera.convert.encode.encoding import Encoder
+from chimera.convert.settings import BuildSettings
+from chimera.files import write_whole
+from chimera.manifest import Manifest, Stream
+
+GONE = "gone.json"  # in the work folder: streams that are being removed
+
+
+def shared(manifest: Manifest, settings: BuildSettings, encoder: Encoder) -> tuple[Manifest, BuildSettings] | None:
+    """An output and a config as far as both name the same streams; `None` where they name none.
+
+    What texts begin with is the output's, not a stream's: `None` also where that would differ for a new one.
+    """
+    names = [name for name in settings.streams if name in manifest.streams]
+    texts = any(stream.format == "text" for stream in manifest.streams.values())
+    more = any(stream.format == "text" for name, stream in settings.streams.items() if name not in names)
+    if not names or (texts and more and manifest.tokenizer.bos != list(encoder.bos)):
+        return None
+    found = restricted(manifest, names)
+    if not any(stream.format == "text" for stream in found.streams.values()):
+        found = found.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"bos": []})})
+    return found, only(settings, names)
+
+
+def only(settings: BuildSettings, names: list[str]) -> BuildSettings:
+    """The settings of some of their streams."""
+    return settings.model_copy(update={"streams": {name: settings.streams[name] for name in names}})
+
+
+def missing(manifest: Manifest, settings: BuildSettings) -> BuildSettings:
+    """The settings of the streams that an output has not yet."""
+    return only(settings, [name for name in settings.streams if name not in manifest.streams])
+
+
+def unnamed(manifest: Manifest, settings: BuildSettings) -> tuple[str, ...]:
+    """The streams of an output that are to go: those that the settings do not name, under `rebuild`; said otherwise."""
+    gone = tuple(sorted(manifest.streams.keys() - settings.streams.keys()))
+    if gone and not settings.rebuild:
+        say(
+            f"{settings.output} also holds {' and '.join(gone)}, which the config does not name: kept; `rebuild=true` "
+            "removes it"
+        )
+        return ()
+    return gone
+
+
+def remove_streams(base: Manifest, gone: tuple[str, ...], work: Path, output: Output) -> Manifest:
+    """Remove streams of a finished output; returns the manifest without them, which is written first."""
+    write_whole(work / GONE, json.dumps(gone).encode())
+    names = [name for name in base.streams if name not in gone]
+    kept = restricted(base, names)
+    output.check_lease()
+    output.write("manifest.json", kept.as_bytes())
+    say(f"{output.name}: {' and '.join(gone)} removed")
+    end_removal(work, output)
+    return kept
+
+
+def end_removal(work: Path, output: Output) -> None:
+    """Remove what a manifest names no more, also where a kill left it."""
+    if (work / GONE).exists():
+        manifest = manifest_of(output)
+        gone = json.loads((work / GONE).read_bytes())
+        if manifest is not None and not manifest.streams.keys() & {*gone}:
+            output.clear(gone, finished=True)
+        (work / GONE).unlink()
+
+
+def restricted(manifest: Manifest, names: list[str]) -> Manifest:
+    """A manifest of some of its streams."""
+    settings = {**manifest.settings, "streams": {name: manifest.settings["streams"][name] for name in names}}
+    return manifest.model_copy(
+        update={"streams": {name: manifest.streams[name] for name in names}, "settings": settings}
+    )
+
+
+def is_published(plan: BuildPlan, base: Manifest) -> bool:
+    """Whether what a work folder holds was published to the last, and a kill left the folder."""
+    return not plan.clearing and {name.removesuffix(EVAL) for name in plan.streams} <= base.streams.keys()
+
+
+def merged(base: Manifest | None, built: Manifest) -> Manifest:
+    """The manifest of an output with the streams of both; `built` holds the new ones."""
+    if base is None:
+        return built
+    texts = any(stream.format == "text" for stream in base.streams.values())
+    streams: dict[str, Stream] = {**base.streams, **built.streams}
+    settings = {**built.settings, "streams": {**base.settings["streams"], **built.settings["streams"]}}
+    update = {
+        "format": max(base.format, built.format),
+        "tokenizer": base.tokenizer if texts else built.tokenizer,
+        "streams": streams,
+        "settings": settings,
+    }
+    return built.model_copy(update=update)
