@@ -25,10 +25,16 @@ def lay_out(folder: Path) -> None:
     for path in [*DOCS.glob("*.md"), *(DOCS.parent / name for name in PROJECT_PAGES)]:
         text = path.read_text(encoding="utf-8").replace("](../", "](").replace("](docs/", "](")
         text = re.sub(r"^```(\w+) no-run$", r"```\1", text, flags=re.MULTILINE)
+        text = re.sub(r"^\|.*", lambda row: re.sub("`[^`]*`", _plain_bars, row[0]), text, flags=re.MULTILINE)
         name = "index.md" if path.name == "README.md" else path.name
         (folder / name).write_text(text.replace("](README.md", "](index.md"), encoding="utf-8")
     for path in [*DOCS.glob("*.svg"), *DOCS.glob("*.ipynb")]:
         shutil.copy(path, folder)
+
+
+def _plain_bars(code: re.Match[str]) -> str:
+    """Code in a table: a Git host wants its bars escaped, the site shows the backslash."""
+    return code[0].replace(r"\|", "|")
 
 
 if __name__ == "__main__":
