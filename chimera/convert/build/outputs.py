@@ -254,9 +254,7 @@ class StoreOutput:
         elif found != lease:
             self._take_over(work, lease, rebuild)
         self.check_lease()
-        if not finished and self._store.exists(
-            "manifest.json"
-        ):  # of a builder that had the lease since this one looked
+        if not finished and self._store.exists("manifest.json"):  # of a builder that had the lease in between
             self.release_lease()
             raise UserError(f"another builder has just finished {self.name}: run the same command again")
 
