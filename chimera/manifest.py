@@ -177,6 +177,8 @@ class Manifest(Entry):
     def _agrees(self) -> "Manifest":
         if bad := [name for name in self.streams if not NAME.fullmatch(name) or name in OTHER_FOLDERS]:
             raise ValueError(f"{bad[0]!r} is no name of a stream")
+        if bad := [name for name, stream in self.streams.items() if not _is_source(stream.source.describe)]:
+            raise ValueError(f"what it says of the source of {bad[0]!r} is damaged")
         if self.streams.keys() != self.settings["streams"].keys():
             raise ValueError("its streams are not those of its settings")
         if any(self.settings[key] != getattr(self, key) for key in ("block_len", "compression", "hash")):
@@ -197,6 +199,15 @@ class Manifest(Entry):
 
     def as_bytes(self) -> bytes:
         return json_text(self.model_dump(), sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _is_source(describe: Any) -> bool:
+    """Whether a build's source is described as it describes them: its files, if any, by path and bytes."""
+    files = describe.get("files", []) if isinstance(describe, dict) else None
+    return isinstance(files, list) and all(
+        isinstance(file, dict) and isinstance(file.get("path"), str) and type(file.get("bytes")) is int
+        for file in files
+    )
 
 
 def parse_manifest(data: bytes) -> Manifest:

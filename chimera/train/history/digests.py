@@ -42,5 +42,5 @@ def other_shards(about: dict[str, Any], indexes: Mapping[str, StreamIndex]) -> s
     """Which index is another than a run's config.json (`about`) says, as of shards built again; `None` for none."""
     for name, fingerprint in about.get("indexes", {}).items():
         if name in indexes and fingerprint not in (None, indexes[name].fingerprint):
-            return f"the index of {name} is {indexes[name].fingerprint[:12]}, it was {fingerprint[:12]}"
+            return f"the index of {name} is {indexes[name].fingerprint[:12]}, it was {str(fingerprint)[:12]}"
     return None

@@ -315,8 +315,10 @@ def _steps(path: Path, plan: Plan) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for line in _json_lines(path, step=int, loss=int | float | None, digest=str, streams=dict):
         after = found[-1]["step"] if found else -1
-        counts = [line.get("trained", 0), *line["streams"].values(), *dict(line.get("stream_tokens", {})).values()]
-        sound = "loss" in line and all(_is(count, int) for count in counts)
+        tokens = line.get("stream_tokens", {})
+        sound = "loss" in line and isinstance(tokens, dict)
+        counts = [line.get("trained", 0), *line["streams"].values(), *(tokens.values() if sound else ())]
+        sound = sound and all(_is(count, int) and count >= 0 for count in counts) and any(line["streams"].values())
         line.setdefault("trained", sum(line["streams"].values()) if sound else 0)
         if after < line["step"] < plan.steps and sound and (line["loss"] is None or math.isfinite(line["loss"])):
             found.append(line)
