@@ -29,6 +29,8 @@ def pack(lines: Iterable[Json]) -> bytes:
 def unpack(packed: bytes) -> Iterator[Json]:
     """The lines of a file. Raises `ValueError` for what is none."""
     try:
+        if zstandard.frame_content_size(packed) > MOST_BYTES:  # which `max_output_size` does not look at
+            raise ValueError(f"it claims to hold more than {MOST_BYTES} bytes")
         data = zstandard.ZstdDecompressor().decompress(packed, max_output_size=MOST_BYTES)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged: {error}") from None

@@ -13,6 +13,8 @@ import pytest
 from chimera.commands import build_shards, evaluate, export_hf, inspect_batch, plan, verify_shards
 from chimera.commands.train import main as train
 from chimera.train.history.runlog import read_run
+from chimera.train.run.start import Start, choose_start
+from chimera.train.settings import TrainSettings
 from tests.convert import builds
 from tests.damaged import mutate, outcome, restore
 
@@ -127,6 +129,14 @@ def test_a_damaged_file_of_ours_is_one_line_or_does_not_matter(
     made: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     campaign(made, name, FEW, capsys)
+
+
+def test_a_checkpoint_counts_by_the_step_it_holds(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(made / "run/ep0-ba1-rank0.pt", renamed := tmp_path / "ep0-ba9-rank0.pt")
+    assert choose_start(TrainSettings(save_folder=str(tmp_path), autoresume=True), tmp_path) == Start(1, str(renamed))
+    assert f"{renamed} holds step 1, whatever its name says" in capsys.readouterr().err
 
 
 @pytest.mark.chaos

@@ -13,6 +13,7 @@ from chimera.commands import build_shards, evaluate, export_hf, plan, report, ve
 from chimera.config import load_settings
 from chimera.convert.settings import BuildSettings
 from chimera.manifest import parse_manifest
+from chimera.proof_file import unpack
 from chimera.stores import is_remote
 from chimera.text import LONGEST, code, json_text, markdown, one_line
 from chimera.train.settings import TrainSettings
@@ -186,3 +187,9 @@ def test_a_template_reaches_nothing_of_python(reach: str, tmp_path: Path) -> Non
     chat = {"format": "chat", "template": f"{tmp_path}/t.jinja", "sources": [{"files": [f"{tmp_path}/chats.jsonl"]}]}
     with pytest.raises(UserError, match=r"unsafe|undefined"):
         builds.build_here(builds.config(tmp_path, tmp_path / "out", streams={"chats": chat}))
+
+
+def test_a_proof_that_claims_a_terabyte_is_refused_before_memory_is_taken() -> None:
+    claims = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\x00\x00"  # a frame without a byte
+    with pytest.raises(ValueError, match="claims to hold more than"):
+        next(unpack(claims))

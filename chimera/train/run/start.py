@@ -81,21 +81,34 @@ def newest_complete(found: Sequence[tuple[int, str]], folder: Path) -> Start | N
         if damage := damage_of(_fetched(path, folder)):
             say(f"warning: checkpoint {path} is damaged ({damage}) and passed over")
         else:
-            return Start(step, path)
+            return Start(_step_in(on_this_node(path, folder), step), path)
     return None
 
 
 def _given(path: str, folder: Path, save_folder: str) -> Start:
-    """The checkpoint `load_path`; its step is read from it where its name, links followed, does not tell."""
+    """The checkpoint `load_path`, by a name that may be anything."""
     file = _fetched(path, folder)
     if file.is_dir():
         raise UserError(f"setting `load_path`: {path} is a folder: give the checkpoint in it, say latest-rank0.pt")
     if damage := damage_of(file):
         raise UserError(f"setting `load_path`: checkpoint {path} cannot be read: {damage}")
     match = NAME.fullmatch(Path(path).name if is_remote(path) else file.resolve().name)
-    step = int(match[2]) if match else int(read_checkpoint(file)["dataset_state"]["train"]["step"])
+    step = _step_in(file, int(match[2]) if match else None)
     beside = path.rpartition("/")[0] if is_remote(path) else str(file.resolve().parent)
     return Start(step, path, own=_same(beside, save_folder))
+
+
+def _step_in(file: Path, named: int | None) -> int:
+    """The step that a whole checkpoint holds, whatever step its name says, if one."""
+    try:
+        held = int(read_checkpoint(file, lazy=True)["dataset_state"]["train"]["step"])
+    except UserError:
+        if named is None:
+            raise
+        return named  # what it is of is said where it is loaded
+    if named not in (None, held):
+        say(f"warning: checkpoint {file} holds step {held}, whatever its name says")
+    return held
 
 
 def _same(path: str, other: str) -> bool:
