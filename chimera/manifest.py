@@ -177,7 +177,10 @@ class Manifest(Entry):
     def _agrees(self) -> "Manifest":
         if bad := [name for name in self.streams if not NAME.fullmatch(name) or name in OTHER_FOLDERS]:
             raise ValueError(f"{bad[0]!r} is no name of a stream")
-        if bad := [name for name, stream in self.streams.items() if not _is_source(stream.source.describe)]:
+        sources = [
+            (name, each) for name, stream in self.streams.items() for each in (stream.source, stream.eval_source)
+        ]
+        if bad := [name for name, source in sources if source and not _is_source(source.describe)]:
             raise ValueError(f"what it says of the source of {bad[0]!r} is damaged")
         if self.streams.keys() != self.settings["streams"].keys():
             raise ValueError("its streams are not those of its settings")
@@ -202,7 +205,9 @@ class Manifest(Entry):
 
 
 def _is_source(describe: Any) -> bool:
-    """Whether a build's source is described as it describes them: its files, if any, by path and bytes."""
+    """Whether a source is described as builds do, its files, if any, by path and bytes, or in a word (no build's)."""
+    if isinstance(describe, str):
+        return True
     files = describe.get("files", []) if isinstance(describe, dict) else None
     return isinstance(files, list) and all(
         isinstance(file, dict) and isinstance(file.get("path"), str) and type(file.get("bytes")) is int

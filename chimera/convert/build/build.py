@@ -213,7 +213,7 @@ def _sources(old: Manifest | BuildPlan) -> dict[str, Source]:
     for name, stream in old.streams.items():
         if isinstance(stream, Stream) and stream.eval_source:
             found[f"{name}{EVAL}"] = stream.eval_source
-    return found
+    return {name: source for name, source in found.items() if isinstance(source.describe, dict)}
 
 
 def refusal(what: str, changed: list[str]) -> str:
