@@ -16,6 +16,7 @@ from chimera.tokenizer_file import gave_up
 
 BATCH_BYTES = 1 << 19  # of text encoded together; a larger document is a batch of its own
 BATCH_ROWS = 1024
+OVERLAP = ("overlap", "rows")  # counts a row that is trained on and is in the validation set too
 Counted = tuple[tuple[str, str], ...]
 EncodedDocument = tuple[Array, Array | None, list[int]]  # ids, mask, ends of answers
 Documents = tuple[str, list[EncodedDocument], Counted]  # a row's: their split, each of them, what it counts
@@ -80,6 +81,12 @@ def cut_at(limit: int, batch: list[Found], lengths: Array) -> int:
     return last + 1
 
 
+def overlapping(batch: list[Found], kept: Array) -> int:
+    """How many texts of a batch are in the validation set too, of those that are `kept` [texts] bool."""
+    rows = [row for _, row, found in batch if isinstance(found, Document)]
+    return sum(row.held_out for row, keep in zip(rows, kept.tolist(), strict=True) if keep)
+
+
 def chosen(encoded: Encoded, which: Array) -> tuple[Array, Array]:
     """Of the first texts those for which `which` is true: their ids, and where each begins and the last ends."""
     lengths = np.diff(encoded.ends)
@@ -112,7 +119,8 @@ def encoded_rows(
                 row.raw = rejected(span, row, ENCODER_FAILED)
                 rows.append((span, row, ENCODER_FAILED))
                 continue
-            rows.append((span, row, (split, documents, counts + tuple(("ignored", name) for name in row.unread))))
+            more = [("ignored", name) for name in row.unread] + [OVERLAP] * row.held_out
+            rows.append((span, row, (split, documents, (*counts, *more))))
         else:
             rows.append((span, row, found))
     batch.clear()

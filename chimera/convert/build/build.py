@@ -13,7 +13,7 @@ from chimera.cli import UserError, say
 from chimera.convert.build import part_state
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
-from chimera.convert.build.growth import end_removal, is_published, missing, remove_streams, shared, unnamed
+from chimera.convert.build.growth import GONE, end_removal, is_published, missing, remove_streams, shared, unnamed
 from chimera.convert.build.outputs import Output, manifest_of, open_output
 from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
@@ -43,7 +43,11 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
     with output.lock() as alone, part_state.lock_of(work) as free:
         if not (alone and free):
             raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
-        end_removal(work, output)
+        if (work / GONE).exists():  # a removal that a kill has ended
+            output.acquire(work, settings.rebuild, finished=True)
+            end_removal(work, output)
+            if not (work / "plan.json").exists():
+                output.release_lease()
         try:
             found = look(settings, work, output, encoder)
             if found.whole or found.published:
@@ -133,7 +137,7 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
                 return Found(State.FINISHED, manifest, None, settings, base, gone)
             manifest = None
         elif not settings.rebuild:
-            raise UserError(refusal(settings.output, changes(manifest, settings, encoder)))
+            raise UserError(refusal(settings.output, changes(*(common or (manifest, settings)), encoder)))
     plan = load_plan(work) if (work / "plan.json").exists() else None
     if plan is not None and base is not None and is_published(plan, base):
         return Found(State.NEW, None, None, settings, base, gone, published=True)

@@ -30,8 +30,6 @@ def shared(manifest: Manifest, settings: BuildSettings, encoder: Encoder) -> tup
     if not names or (texts and more and manifest.tokenizer.bos != list(encoder.bos)):
         return None
     found = restricted(manifest, names)
-    if not any(stream.format == "text" for stream in found.streams.values()):
-        found = found.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"bos": []})})
     return found, only(settings, names)
 
 
@@ -80,11 +78,16 @@ def end_removal(work: Path, output: Output) -> None:
 
 
 def restricted(manifest: Manifest, names: list[str]) -> Manifest:
-    """A manifest of some of its streams."""
-    settings = {**manifest.settings, "streams": {name: manifest.settings["streams"][name] for name in names}}
-    return manifest.model_copy(
-        update={"streams": {name: manifest.streams[name] for name in names}, "settings": settings}
-    )
+    """A manifest of some of its streams, as their build alone would have written it."""
+    streams = {name: manifest.streams[name] for name in names}
+    texts = any(stream.format == "text" for stream in streams.values())
+    update = {
+        "format": 2 if any(stream.starts for stream in streams.values()) else 1,
+        "tokenizer": manifest.tokenizer if texts else manifest.tokenizer.model_copy(update={"bos": []}),
+        "streams": streams,
+        "settings": {**manifest.settings, "streams": {name: manifest.settings["streams"][name] for name in names}},
+    }
+    return manifest.model_copy(update=update)
 
 
 def is_published(plan: BuildPlan, base: Manifest) -> bool:

@@ -21,6 +21,7 @@ from chimera.mds import SPLITS, Json, digest, file_of
 from chimera.objects import Objects
 from chimera.retries import OPENING
 
+BUILDER = "builder"  # in the work folder: the name under which it asks for a store's lease
 _OURS = re.compile(r"index\.json|shard\.[\w.]+|\..+\.tmp")  # files of a split
 
 
@@ -81,7 +82,7 @@ class Output(Protocol):
         ...
 
     def release_lease(self) -> None:
-        """The build is whole: give up the lease."""
+        """Give up the lease, if this work folder's build has it."""
         ...
 
 
@@ -196,6 +197,12 @@ class FolderOutput:
         pass
 
 
+def _forget_parts(work: Path) -> None:
+    """Have all parts made anew."""
+    for parts in work.glob(f"{PARTS}*"):
+        shutil.rmtree(parts)
+
+
 def _foreign(folder: Path) -> Iterator[Path]:
     """What in a stream's folder no build makes."""
     if not folder.is_dir():
@@ -243,12 +250,14 @@ class StoreOutput:
         return made.with_name(made.name + SENT).exists()
 
     def acquire(self, work: Path, rebuild: bool, finished: bool = False) -> None:
-        mine = work / "builder"
-        if not mine.exists():
-            write_whole(mine, secrets.token_hex(8).encode())
-        self._lease = lease = json.dumps({"builder": mine.read_text()}).encode()
+        begun = self._mine() is not None
+        if not begun:
+            write_whole(work / BUILDER, secrets.token_hex(8).encode())
+        self._lease = lease = self._mine() or b""
         found = self._store.find(LEASE)
         if found is None:
+            if begun:  # another builder has had the lease since, and is done: what was sent may be gone, or its
+                _forget_parts(work)
             if self._store.put_if_absent(LEASE, lease) and self._store.put_if_absent(LEASE, lease):  # twice?
                 say(f"{self.name}: no conditional creates here: a builder that begins in the same second may go unseen")
         elif found != lease:
@@ -268,9 +277,13 @@ class StoreOutput:
                 f"another builder is writing {self.name}, or was stopped: wait for it or run its command again, or "
                 "take over with `rebuild=true`"
             )
-        for parts in work.glob(f"{PARTS}*"):  # first: its objects may lie in the places of those that were sent
-            shutil.rmtree(parts)
+        _forget_parts(work)  # first: its objects may lie in the places of those that were sent
         self._store.put(LEASE, lease)
+
+    def _mine(self) -> bytes | None:
+        """The lease of this work folder's build, once it has asked for one."""
+        file = self._work / BUILDER
+        return json.dumps({"builder": file.read_text()}).encode() if file.exists() else None
 
     def check_free(self, streams: Iterable[str], rebuild: bool, finished: bool = False) -> None:
         """A finished build is removed by hand alone; `rebuild` lets what one left unfinished go."""
@@ -308,4 +321,6 @@ class StoreOutput:
         self._store.delete(key)
 
     def release_lease(self) -> None:
-        self._store.delete(LEASE)
+        mine = self._mine()
+        if mine and self._store.find(LEASE) == mine:  # another builder may have taken over
+            self._store.delete(LEASE)

@@ -14,6 +14,7 @@ import numpy as np
 
 from chimera.convert.build import part_state
 from chimera.convert.build.batches import (
+    OVERLAP,
     Counted,
     EncodedDocument,
     Found,
@@ -22,6 +23,7 @@ from chimera.convert.build.batches import (
     cut_at,
     encoded_rows,
     in_eval,
+    overlapping,
 )
 from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.last_rows import LastRows
@@ -190,6 +192,7 @@ class _Part:
         if limit is not None:
             count = cut_at(limit - state.splits["train"].tokens, batch, np.where(enough & ~held, lengths, 0))
             enough, held = enough[:count], held[:count]
+        state.count(*OVERLAP, overlapping(batch, enough))
         for name, which in (("train", enough & ~held), ("eval", enough & held)):
             ids, ends = chosen(encoded, which)
             if len(ids):
@@ -254,8 +257,6 @@ class _Part:
         state.within = 0
         state.read += sum(found is not None for _, _, found in rows)
         state.bytes += sum(row.size for _, row, _ in rows)
-        for _ in range(sum(row.held_out for _, row, _ in rows)):
-            state.count("overlap", "rows")
         for state.span, row in {span: row for span, row, _ in rows}.items():  # of each span the last
             state.number, state.offset = row.after
             state.lines += [0] * (state.span + 1 - len(state.lines))
@@ -296,4 +297,4 @@ class _Part:
         """Hand the committed shards that are still here to the uploader."""
         if self.uploader:
             for split in self.splits.values():
-                split.send(self.uploader, self.plan.name)
+                split.send(self.uploader, self.plan.name.removesuffix(part_state.EVAL))

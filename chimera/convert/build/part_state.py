@@ -82,13 +82,15 @@ class PartState:
     def documents(self) -> int:
         return sum(split.documents for split in self.splits.values())
 
-    def count(self, what: str, name: str) -> None:
-        """Count one more of the documents; names that data brings are cut, and bounded in number."""
+    def count(self, what: str, name: str, more: int = 1) -> None:
+        """Count one of the documents, or `more`; names that data brings are cut, and bounded in number."""
+        if not more:
+            return
         counts = self.counted.setdefault(what, {})
         name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
         if name not in counts and len(counts) >= MOST_NAMES:
             name = OTHER_NAMES
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] = counts.get(name, 0) + more
 
 
 def fits(state: PartState, limit: int | None) -> bool:

@@ -66,6 +66,11 @@ class Shards:
     streams: dict[str, Stream]
     roots: Mapping[str, str] = field(default_factory=dict)  # of each stream; left out: all are of `where`
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether a stream is of texts, so that the tokenizer's `bos` is what they begin with."""
+        return any(stream.format == "text" for stream in self.streams.values())
+
     def root_of(self, stream: str) -> str:
         return self.roots.get(stream, self.where)
 

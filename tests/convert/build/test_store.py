@@ -2,7 +2,6 @@
 
 import random
 import threading
-from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -31,15 +30,6 @@ def wanted(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("wanted")
     builds.build_here(settings_for(sources, folder / "out"))
     return builds.tree(folder / "out")
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    worker_store.cache_clear()  # another test's server
-    with S3Server(tmp_path / "s3") as server:
-        for key, value in server.environment.items():
-            monkeypatch.setenv(key, value)
-        yield server
 
 
 def settings_for(sources: Path, output: Path | str, **changes: Any) -> dict[str, Any]:
