@@ -205,10 +205,17 @@ class Manifest(Entry):
 
 
 def _is_source(describe: Any) -> bool:
-    """Whether a source is described as builds do, its files, if any, by path and bytes, or in a word (no build's)."""
+    """Whether a source is described as builds do, or in a word (no build's).
+
+    Builds name files by path and bytes, and say of those that are a document each how many they are, and their bytes.
+    """
     if isinstance(describe, str):
         return True
-    files = describe.get("files", []) if isinstance(describe, dict) else None
+    if not isinstance(describe, dict):
+        return False
+    files, texts = describe.get("files", []), describe.get("texts", {"files": 0, "bytes": 0})
+    if not isinstance(texts, dict) or any(type(texts.get(key)) is not int for key in ("files", "bytes")):
+        return False
     return isinstance(files, list) and all(
         isinstance(file, dict) and isinstance(file.get("path"), str) and type(file.get("bytes")) is int
         for file in files

@@ -7,6 +7,7 @@ step's sequences and at the ends of documents; with --mask also which tokens hav
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,8 @@ from chimera.train.order.ordering import BlockRef, RunOrder, digest, step_blocks
 
 if TYPE_CHECKING:
     from chimera.train.settings import TrainSettings
+
+PADDING = re.compile(r"\[\d+ tokens of padding\]")  # what stands for it among a sequence's texts, and is no document
 
 
 def main(argv: Sequence[str]) -> int:
@@ -146,7 +149,7 @@ def documents(
             elif len(kept):
                 texts.append(tokenizer.decode(kept.tolist()))
             if len(kept) < len(part):
-                texts.append(f"[{len(part) - len(kept)} tokens of padding]")
+                texts.append(f"[{len(part) - len(kept)} tokens of padding]")  # as `PADDING`
         found.append(texts)
     return found
 
@@ -165,7 +168,7 @@ def lines(about: dict[str, Any], safe: bool = False) -> list[str]:
         for index, texts in enumerate(block.get("text", [])):
             out.append(f"       ── sequence {number * len(block['text']) + index} ──")
             for place, text in enumerate(texts):
-                if place:
+                if place and not PADDING.fullmatch(text):
                     out.append("       ┄┄ next document ┄┄")
                 out += ["       " + line for line in (text if safe else neutral(text)).split("\n")]
     return out

@@ -1,7 +1,8 @@
 """What a run will see, before it runs: `python train/plan.py [CONFIG] [key=value ...] [--json] [--plot FILE.png]`.
 
-Needs the config alone; with the shards there, it also tells how often each stream is passed over. Exits 2 where
-training would refuse the config.
+Needs the config alone; with the shards there, it also tells how often each stream is passed over. Positions and blocks
+are exact; tokens and padding are expected values, by the mean of each stream's blocks. Exits 2 where training would
+refuse the config.
 """
 
 import argparse

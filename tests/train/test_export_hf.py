@@ -111,6 +111,11 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
             {"describe": {"files": [{"path": f"/home/me/{i}.parquet", "bytes": 1} for i in range(5)]}},
             "5 local files: 0.parquet, 1.parquet, 2.parquet, …",
         ),
+        ({"describe": {"files": [], "texts": {"files": 61, "bytes": 17816}}}, "61 text files (17,816 bytes)"),
+        (
+            {"describe": {"files": [{"path": "a.csv", "bytes": 1}], "texts": {"files": 1, "bytes": 9}}},
+            "1 local file: a.csv; 1 text file (9 bytes)",
+        ),
         (
             {"describe": {"hub": "uonlp/CulturaX", "subset": "it", "split": "train", "revision": "0123456789abcdef"}},
             "uonlp/CulturaX (it, train) at 0123456789ab",

@@ -102,6 +102,13 @@ def test_shards_built_again_since_the_run_are_said(
         assert capsys.readouterr().err == ""
 
 
+def test_padding_is_no_document() -> None:
+    block = {"stream": "s", "position": 0, "pass": 0, "shard": 0, "block": 0}
+    texts = ["a", "b", "[13 tokens of padding]"]
+    about = {"step": 0, "phase": "p", "seq_len": 8, "digest": "d", "blocks": [{**block, "text": [texts]}]}
+    assert [line.strip() for line in inspect_batch.lines(about)[3:]] == ["a", "┄┄ next document ┄┄", *texts[1:]]
+
+
 def test_text_cannot_steer_the_terminal() -> None:
     about = {"step": 0, "phase": "p", "seq_len": 8, "digest": "d", "blocks": []}
     block = {"stream": "s", "position": 0, "pass": 0, "shard": 0, "block": 0, "text": [["a\x1b[2Jb\x9bc\td\r"]]}

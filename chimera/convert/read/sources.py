@@ -169,10 +169,15 @@ def added_files(describe: Json, source: SourceSettings, build: BuildSettings) ->
                 texts.add(found)
             elif _real(found.path) not in known:
                 added.append(found.path)
-        listed = texts.close() or describe.get("texts")  # all gone: as above
-        if listed != describe.get("texts"):
-            added.append(f"other text files ({listed['files']}, {listed['bytes']} bytes)" if listed else "")
+        before = describe.get("texts")
+        listed = texts.close()
+        if listed and listed != before:  # all gone: as above
+            added.append(f"other text files ({_amount(listed)}; before {_amount(before) if before else 'none'})")
     return added
+
+
+def _amount(texts: Json) -> str:
+    return f"{texts['files']}, {texts['bytes']} bytes"
 
 
 def _real(path: str) -> str:

@@ -83,9 +83,11 @@ class Roots:
                     )
                 found[name] = root
         if found and (missing := [name for name in streams if name not in found]):
+            bare = [root.place for root in self if root.manifest is None and root not in found.values()]
+            none = f" (no shards at {' and '.join(bare)}: no manifest.json there, and none of these streams)"
             raise UserError(
-                f"stream `{missing[0]}` is in none of the roots of `shards`, {self}: correct the name, add its root, "
-                "or build it"
+                f"stream `{missing[0]}` is in none of the roots of `shards`, {self}{none if bare else ''}: correct the "
+                "name, add its root, or build it"
             )
         return {name: found[name] for name in streams if name in found}
 

@@ -96,9 +96,13 @@ def source_of(source: Any) -> str:
     described = source.get("describe", "") if isinstance(source, dict) else ""
     if not isinstance(described, dict):  # shards made by others: their folder
         return markdown(described)
+    found = []
     if files := [Path(file["path"]).name for file in described.get("files", [])]:
-        words = f"{counted(len(files), 'local file')}: {', '.join(files[:3])}"
-        return markdown(words + (", …" if len(files) > 3 else ""))
+        found.append(f"{counted(len(files), 'local file')}: {', '.join(files[:3])}" + (", …" if len(files) > 3 else ""))
+    if texts := described.get("texts"):  # each a document, which the manifest counts and does not name
+        found.append(f"{counted(texts['files'], 'text file')} ({texts['bytes']:,} bytes)")
+    if found:
+        return markdown("; ".join(found))
     which = [described.get(key) for key in ("subset", "data_dir", "split")]
     revision = str(described.get("revision"))[:12]
     return markdown(f"{described.get('hub')} ({', '.join(filter(None, which))}) at {revision}")

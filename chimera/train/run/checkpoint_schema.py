@@ -88,8 +88,14 @@ class File(Part):
     path: str
 
 
+class Texts(Part):
+    files: Count
+    bytes: Count
+
+
 class Described(Part):
     files: list[File] = []
+    texts: Texts | None = None
     hub: str | None = None
     subset: str | None = None
     data_dir: str | None = None

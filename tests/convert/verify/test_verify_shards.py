@@ -276,6 +276,7 @@ def test_index_names_are_not_paths(build: Path, capsys: pytest.CaptureFixture[st
         ('"uint16"', '"uint56"'),
         ('"eos_id": 0', '"eos_id": -1'),
         ('"joined"', '"join"'),
+        ('"describe": {', '"describe": {"texts": 3, '),
         ('"block_len": 32', '"block_len": 64'),
     ],
 )
