@@ -31,6 +31,7 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.chaos  # for its time alone
 def test_gpu_kills_and_resumes_and_names_what_it_skips(out: Path, warm: Path) -> None:
     names = ["matmul ceiling", "kill and resume", "fsdp on one rank"]
     printed = bench("gpu.py", "--smallest", "--only", *names, "--json", str(out), python=warm / "python")
@@ -54,6 +55,7 @@ def test_gpu_ends_with_1_where_a_check_fails(out: Path, warm: Path) -> None:
     assert row["result"].startswith("FAILED: speed-recipe: not done within its time limit")
 
 
+@pytest.mark.chaos  # for its time alone
 def test_train_compares_with_a_bare_loop(warm: Path) -> None:
     sizes = ["--steps", "12", "--rounds", "1", "--hidden", "64", "--layers", "1", "--sequences", "4"]
     found = json.loads(bench("train.py", *sizes, "--json", python=warm / "python"))
@@ -64,6 +66,7 @@ def test_train_compares_with_a_bare_loop(warm: Path) -> None:
     assert found["tokens/s at 512"] == pytest.approx(4 * 512 * found["steps/s at 512"])
 
 
+@pytest.mark.chaos  # for its time alone
 def test_loader_times_all_loaders(out: Path) -> None:
     sizes = ["--blocks", "600", "--seconds", "0.1", "--rounds", "1", "--workers", "0", "--starts", "0"]
     bench("loader.py", *sizes, "--json", str(out))

@@ -68,14 +68,15 @@ def test_a_large_file_goes_up_in_parts(s3: S3Server, tmp_path: Path) -> None:
     assert len([line for line in s3.requests if "partNumber=" in line and "large" in line]) == 3
 
 
-@pytest.mark.usefixtures("s3")
-def test_a_listing_has_more_than_a_page() -> None:
-    store = Objects("s3://bucket/many", 1)
+@pytest.mark.parametrize("s3", ["rclone"], indirect=True)
+def test_a_listing_has_more_than_a_page(s3: S3Server) -> None:
     names = [f"{number % 7}/{number:04}" for number in range(1030)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda name: store.put(name, b"1"), names))
-    store.put("7", b"1")
-    assert [entry.key for entry in store.list()] == sorted([*names, "7"])
+    for name in (*names, "7."):  # as files of the server's, which is faster than to upload them
+        file = s3.root / "bucket/many" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"1")
+    store = Objects("s3://bucket/many", 1)
+    assert [entry.key for entry in store.list()] == sorted([*names, "7."])
     assert [entry.key for entry in store.list("3")] == sorted(name for name in names if name.startswith("3/"))
 
 

@@ -180,6 +180,7 @@ def check_complete(folder: Path, output: str, name: str) -> None:
     assert "Traceback" not in output, output
 
 
+@pytest.mark.chaos  # not for its kill, but because the server takes long: a run outlives wandb's below
 def test_a_run_outlives_its_mlflow_server(overrides, tmp_path, warm):
     port = free_port()
     words = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/files"]
