@@ -113,9 +113,9 @@ def _usual(described: str, out: str, *files: str) -> Spent:
 
 def _copying(described: str, out: str, blocks: str, *files: str) -> Spent:
     """Reading and writing alone: every text as bytes, then the builder's own blocks (`blocks`, .npy) as shards."""
-    import pyarrow.parquet  # noqa: F401
+    import pyarrow.parquet  # noqa: F401 (before the clock starts, for the processes forked below)
 
-    import chimera.mds  # noqa: F401
+    import chimera.mds  # noqa: F401 (as above)
 
     Path(out).mkdir()
     began, cpu = time.perf_counter(), cpu_seconds()

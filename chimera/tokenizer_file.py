@@ -56,7 +56,7 @@ def read_json(file: Path) -> bytes:
     if file.suffix != ".model":
         return tekken.tokenizer_json(file.name, raw, load) if "tekken" in file.name else raw
     try:
-        import sentencepiece  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
+        import sentencepiece  # type: ignore[import-not-found, unused-ignore]  # noqa: F401 (whether it is there)
         from transformers import AutoTokenizer
 
         loaded: Any = AutoTokenizer.from_pretrained(file.parent, local_files_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import chimera  # noqa: E402
+import chimera
 
 PAGE = ROOT / "docs/api-reference.md"
 HEAD = """# Public names

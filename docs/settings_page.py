@@ -8,8 +8,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from chimera.convert.settings import BuildSettings, TrainingSettings  # noqa: E402
-from chimera.train.settings import TrainSettings  # noqa: E402
+from chimera.convert.settings import BuildSettings, TrainingSettings
+from chimera.train.settings import TrainSettings
 
 PAGE = ROOT / "docs/settings.md"
 HEAD = """# Settings

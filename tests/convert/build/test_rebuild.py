@@ -146,10 +146,7 @@ def test_a_published_shard_that_is_lost_is_made_again(
     shards = sorted((tmp_path / "out").glob("*/train/shard.*"))
     shards[0].unlink()
     shards[-1].write_bytes(bytes(shards[-1].stat().st_size))
-    with pytest.raises(UserError, match=r"train/shard\.00000\.00000\.mds\.zstd is missing, or damaged"):
-        builds.build_here(settings)
-    builds.build_here(settings)
-    assert builds.tree(tmp_path / "out") == wanted(settings, tmp_path)
+    refused_once(settings, tmp_path)
 
 
 def test_a_bit_that_flips_before_a_shard_is_published_is_found(
@@ -161,6 +158,11 @@ def test_a_bit_that_flips_before_a_shard_is_published_is_found(
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
+    refused_once(settings, tmp_path)
+
+
+def refused_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The first start names a shard, the second makes it anew."""
     with pytest.raises(UserError, match=r"train/shard\S+ is missing, or damaged: run the same command again"):
         builds.build_here(settings)
     builds.build_here(settings)

@@ -81,6 +81,7 @@ def texts_of(
                 assert [r.value for r in rows(span, opened.column, row.after, LIMITS)] == [
                     r.value for r in found[at + 1 :]
                 ]
+            # each of them is a document
             texts += [b"".join(reader.read(row.value).texts).decode() for row in found]  # type: ignore[union-attr]
         parts.append(texts)
     return parts
