@@ -19,6 +19,7 @@ from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
 from chimera.convert.build.publish import publish
 from chimera.convert.build.ray_executor import RayExecutor
+from chimera.convert.build.work_lock import Locked, empty, holder_of, lock_of
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.template import changed_templates
 from chimera.convert.read.sources import added_files, changed_files, gone_files
@@ -40,9 +41,11 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
         found = look(settings, work, output, encoder)
         if found.whole and not found.gone:
             return found.whole  # which needs no permission to write there
-    with output.lock() as alone, part_state.lock_of(work) as free:
+    with output.lock() as alone, lock_of(work) as free:
         if not (alone and free):
-            raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
+            holder = None if free else holder_of(work)
+            who = f" ({holder})" if holder else ""
+            raise Locked(f"another builder is writing {settings.output}{who}: wait for it or stop it")
         if (work / GONE).exists():  # a removal that a kill has ended
             output.acquire(work, settings.rebuild, finished=True)
             end_removal(work, output)
@@ -53,7 +56,7 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
             if found.whole or found.published:
                 if (work / "plan.json").exists():
                     output.release_lease()
-                part_state.empty(work)
+                empty(work)
             if found.whole and not found.gone:
                 return found.whole
             if begun and found.state is not State.RESUMING:
@@ -61,7 +64,7 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
             plan = None if found.whole else begin(found, work, output, encoder)
         except BaseException:
             if not (work / "plan.json").exists():
-                part_state.empty(work)  # nothing has begun
+                empty(work)  # nothing has begun
             raise
         output.acquire(work, settings.rebuild, finished=found.base is not None)
         if found.base and manifest_of(output) != found.base:  # of a builder that had the lease since this one looked
@@ -72,13 +75,13 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
         if plan is None:
             assert found.base
             output.release_lease()
-            part_state.empty(work)
+            empty(work)
             return found.base
         plan = cleared(plan, work, output, found.base)
         with executor:
             parts = Dispatcher(plan.streams, work, settings.stall_after).run(executor)
         manifest = publish(plan, parts, work, output, found.base)
-        part_state.empty(work)
+        empty(work)
     for name, stream in manifest.streams.items():
         if name in found.settings.streams:
             say(f"{name}: {summary(stream, settings.streams[name].max_tokens)}")

@@ -5,6 +5,7 @@ it leave tokens: parts run ahead with what is certainly enough, and one that too
 exact number, so the result does not depend on who ran when.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from chimera.convert.build.last_rows import begun
 from chimera.convert.build.part import Progress
 from chimera.convert.build.part_state import PartState, fits
 from chimera.convert.build.plan import StreamPlan
+from chimera.files import write_whole
 from chimera.text import amount
 
 LONGEST_WAIT = 10.0  # seconds: a signal that comes in the moment before a wait is heard after it
+START = "start.json"  # in the work folder: where each stream was when the builder started, and by its time, when
 MAX_LOSSES = 3  # times in a row one part may lose its worker without a commit in between
 
 
@@ -119,6 +122,7 @@ class Dispatcher:
         self._work, self._stall_after = work, stall_after
         self._heard: dict[Task, float] = {}  # running tasks, when each last moved
         self._losses: dict[tuple[str, int], tuple[int, PartState]] = {}  # in a row, at the same commit
+        write_whole(work / START, json.dumps({name: run.bar.place() for name, run in self.runs.items()}).encode())
 
     def run(self, executor: Executor) -> dict[str, list[PartState]]:
         """The states of each stream's parts once all are done.
@@ -208,7 +212,7 @@ class _Bar:
         self._tokens = [state.splits["train"].tokens for state in states]
         self._bytes = [self._read(part, state) for part, state in enumerate(states)]
         total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
-        self._bar = progress(total, unit, plan.name, initial=self._place())
+        self._bar = progress(total, unit, plan.name, initial=self.place())
 
     def at(self, part: int, state: PartState) -> None:
         """A part is where `state` says."""
@@ -234,10 +238,11 @@ class _Bar:
         """Bytes of a part; what rows did not account for (headers, other columns) counts at its end."""
         return self._sizes[part] if state.done else state.bytes
 
-    def _place(self) -> float:
+    def place(self) -> float:
+        """How far the stream is, in the bar's unit."""
         if self._budget is None:
             return min(sum(self._bytes), sum(self._sizes))
         return min(sum(self._tokens[: self._accepted + 1]), self._budget)
 
     def _show(self) -> None:
-        self._bar.update(self._place() - self._bar.n)
+        self._bar.update(self.place() - self._bar.n)
