@@ -41,13 +41,12 @@ def main(argv: Sequence[str]) -> int:
         for line in sample(settings, sample_size(words), sys.stdout.isatty() and "NO_COLOR" not in os.environ):
             print(line)
         return 0
-    from chimera.convert.build.build import build, executor_for
     from chimera.convert.build.executor import disk_trouble
 
     signal.signal(signal.SIGTERM, _terminated)
     before, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
-        build(settings, executor_for(settings))
+        _build(settings)
     except OSError as error:
         raise disk_trouble(error, settings.work_folder) or error from None
     except KeyboardInterrupt:
@@ -77,17 +76,25 @@ def show_status(settings: Any, as_json: bool, watch: bool) -> None:
 def build_shards(config: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Build what a `shards.yaml` says, or go on building it; returns the manifest of the finished output.
 
+    Under `engine: array` it is empty for a process that only helped another.
     Call it below `if __name__ == "__main__":`, as its workers import the calling script anew. A mistake of the user's
     raises `UserError`.
     """
-    from chimera.convert.build.build import build, executor_for
     from chimera.convert.build.executor import disk_trouble
 
     settings = read_build(Path(config), overrides)
     try:
-        return build(settings, executor_for(settings)).model_dump()
+        manifest = _build(settings)
+        return manifest.model_dump() if manifest else {}
     except OSError as error:
         raise disk_trouble(error, settings.work_folder) or error from None
+
+
+def _build(settings: Any) -> Any:
+    from chimera.convert.build.array import build_in_array
+    from chimera.convert.build.build import build, executor_for
+
+    return build_in_array(settings) if settings.engine == "array" else build(settings, executor_for(settings))
 
 
 def read_build(path: Path, overrides: Sequence[str]) -> Any:

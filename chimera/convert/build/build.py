@@ -15,6 +15,7 @@ from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
 from chimera.convert.build.growth import GONE, end_removal, is_published, missing, remove_streams, shared, unnamed
 from chimera.convert.build.outputs import Output, manifest_of, open_output
+from chimera.convert.build.part_lock import left_alone
 from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
 from chimera.convert.build.publish import publish
@@ -41,7 +42,7 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
         found = look(settings, work, output, encoder)
         if found.whole and not found.gone:
             return found.whole  # which needs no permission to write there
-    with output.lock() as alone, lock_of(work) as free:
+    with output.lock() as alone, lock_of(work, many=settings.engine == "array") as free:
         if not (alone and free):
             holder = None if free else holder_of(work)
             who = f" ({holder})" if holder else ""
@@ -188,8 +189,9 @@ def cleared(plan: BuildPlan, work: Path, output: Output, base: Manifest | None) 
         for folder in [path for path in parts.glob("*/*") if path.is_dir()]:
             if folder.parent.name.removesuffix(EVAL) in kept:
                 continue
-            for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
-                output.delete_shard(key)
+            with left_alone(folder):
+                for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
+                    output.delete_shard(key)
         shutil.rmtree(parts)
     plan = replace(plan, clearing=[])
     plan.write(work)

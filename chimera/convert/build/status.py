@@ -17,12 +17,12 @@ from chimera.convert.build import part_state
 from chimera.convert.build.dispatch import START
 from chimera.convert.build.growth import is_published
 from chimera.convert.build.outputs import manifest_of, open_output
+from chimera.convert.build.part_lock import at_work
 from chimera.convert.build.part_state import COMMITS, EVAL, PartState
 from chimera.convert.build.plan import BuildPlan, StreamPlan, load_plan
 from chimera.convert.build.stream_status import StreamStatus, finished, progress_of
 from chimera.convert.build.work_lock import PATIENCE, Holder, holder_of, last_sign
 from chimera.convert.settings import LEASE, BuildSettings
-from chimera.files import is_locked
 from chimera.manifest import Manifest
 from chimera.mds import Json
 from chimera.objects import Objects
@@ -123,7 +123,7 @@ class StatusReader:
     def _start(self) -> tuple[dict[str, float], float | None]:
         """How far each stream was when the builder started on parts, and when that was."""
         with suppress(FileNotFoundError, ValueError), open(self._work / START, "rb") as file:
-            return json.load(file), os.fstat(file.fileno()).st_mtime
+            return json.load(file)["streams"], os.fstat(file.fileno()).st_mtime
         return {}, None
 
     def _states(self, stream: StreamPlan) -> list[PartState]:
@@ -142,7 +142,7 @@ class StatusReader:
 
     def _runs(self, stream: StreamPlan, index: int) -> bool:
         with suppress(OSError):  # it may not be asked: a folder of another user's
-            return is_locked(stream.part_folder(self._work, index).with_suffix(".lock"))
+            return at_work(stream.part_folder(self._work, index))
         return False
 
     def _sent(self) -> dict[str, StreamStatus]:
