@@ -235,6 +235,7 @@ def _damage(folder: Path, name: str) -> Iterator[None]:
 @contextmanager
 def lock_of(work: Path) -> Iterator[bool]:
     """Hold the work folder, made if need be and removed if it ends empty; yields whether nobody else did."""
+    made = [folder for folder in (work, work.parent) if not folder.exists()]
     work.mkdir(parents=True, exist_ok=True)
     lock = work / "lock"
     try:
@@ -247,6 +248,8 @@ def lock_of(work: Path) -> Iterator[bool]:
     finally:
         with suppress(OSError):  # it holds work; or it is a link
             work.rmdir()
+            for folder in made[1:]:
+                folder.rmdir()
 
 
 def empty(work: Path) -> None:
