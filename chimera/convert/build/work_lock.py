@@ -51,6 +51,7 @@ def lock_of(
     locks between machines; the others raise `UserError`. So does one that comes later, if it is not of the machine that
     holds the folder (see `holder_of`).
     """
+    made = [folder for folder in (work, work.parent) if not folder.exists()]
     work.mkdir(parents=True, exist_ok=True)
     lock, ours = work / LOCK, False
     try:
@@ -69,6 +70,8 @@ def lock_of(
     finally:
         with suppress(OSError):  # it holds work; or it is a link
             work.rmdir()
+            for folder in made[1:]:
+                folder.rmdir()
 
 
 def holder_of(work: Path) -> Holder | None:

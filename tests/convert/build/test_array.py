@@ -164,6 +164,8 @@ def test_a_helper_ends_without_a_builder_or_its_plan_and_does_nothing_for_anothe
         replace(plan, id="another").write(work)
         for stream in plan.streams:
             (work / "parts-another" / stream).mkdir(parents=True)
+        with pytest.raises(FileNotFoundError):
+            run_part(work, "many", 0, None, lambda _: None, plan.id)
         monkeypatch.setattr(array, "AGAIN", 1.0)  # before that it takes parts unawares
         with LocalExecutor(1, work) as executor:
             assert not stale.run(executor)

@@ -8,7 +8,7 @@ import pytest
 
 from chimera.cli import UserError
 from chimera.convert.build import part_lock, plan
-from chimera.convert.build.outputs import FolderOutput
+from chimera.convert.build.folder_output import FolderOutput
 from chimera.convert.build.part import run_part
 from chimera.convert.build.plan import load_plan
 from tests.convert import builds
@@ -70,7 +70,7 @@ def test_a_rebuild_killed_while_it_removes_the_old_one_leaves_none_of_it(
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         nonlocal calls
-        calls += ".work" not in path.parts
+        calls += not {".work", ".claims"} & {*path.parts}
         if calls > most:
             raise _Killed
         real(path, missing_ok)
