@@ -206,7 +206,10 @@ class BuildSettings(Settings):
     worker_memory: Bytes | None = Field(
         None, description="that reading may bring a worker to; null: its share of what is free"
     )
-    engine: Literal["local", "ray"] = Field("local", description="where workers run")
+    engine: Literal["local", "ray", "array"] = Field(
+        "local",
+        description="where workers run: here, on a Ray cluster, or in all processes that run this command (array)",
+    )
     ray_address: str | None = Field(
         None, description="null: a cluster already running here, else one started for the build"
     )

@@ -24,10 +24,12 @@ from chimera.convert.build.growth import (
     unnamed,
 )
 from chimera.convert.build.outputs import Output, manifest_of, open_output
+from chimera.convert.build.part_lock import left_alone
 from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
 from chimera.convert.build.publish import publish
 from chimera.convert.build.ray_executor import RayExecutor
+from chimera.convert.build.work_lock import Locked, empty, holder_of, lock_of
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.template import changed_templates
 from chimera.convert.read.sources import added_files, changed_files, gone_files
@@ -50,9 +52,11 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
         if found.whole and not found.gone:
             return found.whole  # which needs no permission to write there
     terms = terms_of(settings, encoder)
-    with part_state.lock_of(work) as free:
+    with lock_of(work, many=settings.engine == "array") as free:
         if not free:
-            raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
+            holder = holder_of(work)
+            who = f" ({holder})" if holder else ""
+            raise Locked(f"another builder is writing {settings.output}{who}: wait for it or stop it")
         names = streams_of(settings, work, output)
         with output.lock(names, terms):
             if gone := being_removed(work):  # by a build that a kill has ended
@@ -65,7 +69,7 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
                 if found.whole or found.published:
                     if (work / "plan.json").exists():
                         output.release()
-                    part_state.empty(work)
+                    empty(work)
                 if found.whole and not found.gone:
                     return found.whole
                 if begun and found.state is not State.RESUMING:
@@ -73,14 +77,14 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
                 plan = None if found.whole else begin(found, work, output, encoder)
             except BaseException:
                 if not (work / "plan.json").exists():
-                    part_state.empty(work)  # nothing has begun
+                    empty(work)  # nothing has begun
                 raise
             building = {*found.settings.streams} if plan else set()
             output.acquire(work, {*found.gone, *building, *(plan.clearing if plan else ())}, terms, settings.rebuild)
             manifest = replace_older(found, work, output)
             if plan is None or (manifest and building & manifest.streams.keys()):
                 output.release()
-                part_state.empty(work)
+                empty(work)
                 if plan or not manifest:
                     raise just_changed(output.name)
                 return manifest
@@ -88,7 +92,7 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
             with executor:
                 parts = Dispatcher(plan.streams, work, settings.stall_after).run(executor)
             manifest = publish(plan, parts, work, output)
-            part_state.empty(work)
+            empty(work)
     if settings.streams.keys() - manifest.streams.keys():
         raise just_changed(output.name)
     for name, stream in manifest.streams.items():
@@ -218,8 +222,9 @@ def cleared(plan: BuildPlan, work: Path, output: Output, manifest: Manifest | No
         for folder in [path for path in parts.glob("*/*") if path.is_dir()]:
             if folder.parent.name.removesuffix(EVAL) in kept:
                 continue
-            for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
-                output.delete_shard(key)
+            with left_alone(folder):
+                for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
+                    output.delete_shard(key)
         shutil.rmtree(parts)
     plan = replace(plan, clearing=[])
     plan.write(work)
