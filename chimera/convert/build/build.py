@@ -16,7 +16,8 @@ from chimera.convert.build.executor import Executor, LocalExecutor
 from chimera.convert.build.growth import GONE, end_removal, is_published, missing, remove_streams, shared, unnamed
 from chimera.convert.build.outputs import Output, manifest_of, open_output
 from chimera.convert.build.part_state import EVAL
-from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
+from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, planned_settings, text_bos
+from chimera.convert.build.planner import make_plan
 from chimera.convert.build.publish import publish
 from chimera.convert.build.ray_executor import RayExecutor
 from chimera.convert.encode.encoding import Encoder
