@@ -20,7 +20,7 @@ from pydantic import (
 from chimera.mds import SPLITS, Json, ShardFormat
 from chimera.text import json_text, one_line
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]  # rows, tokens, blocks: no build has more
 Counts = dict[str, Count]
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a stream, which is a folder's: a file's name has at most 255 bytes
 OTHER_FOLDERS = frozenset({"rejects", "tokenizer", "proof"})  # of an output: no stream may have their names

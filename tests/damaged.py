@@ -64,7 +64,8 @@ def with_line(rng: random.Random, text: bytes) -> bytes:
     elif way == 2:
         rng.shuffle(lines)
     else:
-        lines[at] = with_value(rng, lines[at]) + b"\n"
+        before, brace, rest = lines[at].partition(b"{")  # a part's files have something in front of the JSON
+        lines[at] = before + with_value(rng, brace + rest) + b"\n"
     return b"".join(lines)
 
 

@@ -215,8 +215,10 @@ def collect_rejects(plan: BuildPlan, name: str, parts: dict[str, list[PartState]
             for span, lines in zip(stream.parts[index].spans, state.lines, strict=False):
                 bases.append(lines_before.get(span.file, 0))
                 lines_before[span.file] = bases[-1] + lines
+            left = state.reject_bytes
             with open(stream.part_folder(work, index) / "rejects.jsonl", "rb") as file:
-                for line in file:
+                while left > 0 and (line := file.readline()):
+                    left -= len(line)
                     place, _, text = line.partition(b" ")
                     reject = json.loads(text)
                     if "line" in reject:
