@@ -13,6 +13,7 @@ from chimera.cli import UserError, say
 from chimera.convert.build import part_state
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
+from chimera.convert.build.finished import CHECKED, check_small_files
 from chimera.convert.build.growth import GONE, end_removal, is_published, missing, remove_streams, shared, unnamed
 from chimera.convert.build.outputs import Output, manifest_of, open_output
 from chimera.convert.build.part_state import EVAL
@@ -132,9 +133,11 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
     if manifest is not None:
         common = shared(manifest, settings, encoder)
         if common and not changes(*common, encoder):
+            check_small_files(manifest, output)
             base, gone, settings = manifest, unnamed(manifest, settings), missing(manifest, settings)
             if not settings.streams:
-                say(f"{settings.output} is finished: nothing {'more to build' if gone else 'to do'}")
+                todo = f"nothing {'more to build' if gone else 'to do'}"
+                say(f"{settings.output} is finished: {todo} ({CHECKED.format(one_line(settings.output))})")
                 return Found(State.FINISHED, manifest, None, settings, base, gone)
             manifest = None
         elif not settings.rebuild:

@@ -5,16 +5,17 @@ replaces it. Streams that the config names no more are kept.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
-from chimera.cli import say
+from chimera.cli import UserError, say
 from chimera.convert.build.outputs import Output, manifest_of
 from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import BuildPlan
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.settings import BuildSettings
 from chimera.files import write_whole
-from chimera.manifest import Manifest, Stream
+from chimera.manifest import NAME, Manifest, Stream
 
 GONE = "gone.json"  # in the work folder: streams that are being removed
 
@@ -71,10 +72,19 @@ def end_removal(work: Path, output: Output) -> None:
     """Remove what a manifest names no more, also where a kill left it."""
     if (work / GONE).exists():
         manifest = manifest_of(output)
-        gone = json.loads((work / GONE).read_bytes())
+        gone = _names(work / GONE)
         if manifest is not None and not manifest.streams.keys() & {*gone}:
             output.clear(gone, finished=True)
         (work / GONE).unlink()
+
+
+def _names(file: Path) -> list[str]:
+    """The streams that a file lists. Raises `UserError` where it is damaged."""
+    with suppress(ValueError, RecursionError):
+        found = json.loads(file.read_bytes())
+        if isinstance(found, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in found):
+            return found
+    raise UserError(f"{file} is damaged: remove it, and of the output the folders of streams that its manifest lacks")
 
 
 def restricted(manifest: Manifest, names: list[str]) -> Manifest:

@@ -17,7 +17,7 @@ from chimera.convert.build.store import SECONDS
 from chimera.convert.settings import LEASE, BuildSettings
 from chimera.files import move_file, try_lock, write_whole
 from chimera.manifest import Manifest, NotAManifest, parse_manifest
-from chimera.mds import SPLITS, Json, digest, file_of
+from chimera.mds import SPLITS, Json, is_whole
 from chimera.objects import Objects
 from chimera.retries import OPENING
 
@@ -146,11 +146,10 @@ class FolderOutput:
         move_file(file, place)
 
     def publish_shard(self, made: Path, key: str, entry: Json) -> bool:
-        place, file = self._root / key, file_of(entry)
+        place = self._root / key
         if made.exists():
             self.put(made, key)
-        data = place.read_bytes() if place.exists() else b""
-        return len(data) == file["bytes"] and all(digest(name, data) == value for name, value in file["hashes"].items())
+        return is_whole(entry, place.read_bytes() if place.exists() else b"")
 
     def acquire(self, work: Path, rebuild: bool, finished: bool = False) -> None:
         pass
