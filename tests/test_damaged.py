@@ -1,6 +1,5 @@
 """Our own files, damaged in any way, through every command that reads them: right results, or one line."""
 
-import json
 import os
 import random
 import shutil
@@ -11,12 +10,10 @@ from typing import Any
 import pytest
 
 from chimera.commands import build_shards, evaluate, export_hf, inspect_batch, plan, verify_shards
-from chimera.commands.train import main as train
 from chimera.train.history.runlog import read_run
 from chimera.train.run.start import Start, choose_start
 from chimera.train.settings import TrainSettings
-from tests.convert import builds
-from tests.damaged import mutate, outcome, restore
+from tests.damaged import make, mutate, outcome, restore, words
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW, MANY = 50, 2000  # mutations of a kind of file
@@ -24,33 +21,8 @@ FEW, MANY = 50, 2000  # mutations of a kind of file
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished build of texts and chats, and a run of two steps on it."""
-    folder = tmp_path_factory.mktemp("damaged")
-    (folder / "texts.jsonl").write_bytes(builds.jsonl({"text": text} for text in builds.texts(1, 60)))
-    (folder / "chats.jsonl").write_bytes(builds.jsonl(builds.chats(2, 30)))
-    streams: dict[str, Any] = {"texts": {"sources": [{"files": [f"{folder}/texts.jsonl"]}]}}
-    streams["chats"] = {"format": "chatml", "packing": "best_fit", "sources": [{"files": [f"{folder}/chats.jsonl"]}]}
-    settings = builds.config(folder, folder / "shards", streams=streams, compression="zstd", workers=1)
-    (folder / "shards.yaml").write_text(json.dumps(settings))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHIMERA_ENCODER", "tokenizers")  # no comparison of engines
-        builds.build_here(settings)
-    assert train(words(folder)) == 0
+    make(folder := tmp_path_factory.mktemp("damaged"))
     return folder
-
-
-def words(folder: Path, *more: str) -> list[str]:
-    return [
-        str(ROOT / "yamls/demo/base.yaml"),
-        "phases=[{name: all, steps: 2, proportions: {texts: 0.5, chats: 0.5}}]",
-        "curriculum.stages=[{from_step: 0, seq_len: 64}]",
-        "model={hidden_size: 16, intermediate_size: 16, num_attention_heads: 2, num_hidden_layers: 1}",
-        "generate.interval=0",
-        *("eval={interval: 2, blocks: 4}", "save_interval=1", "global_train_batch_size=2", "max_passes=1000"),
-        *(f"shards={folder}/shards", f"cache={folder}/cache", f"save_folder={folder}/run"),
-        "scheduler={name: constant, warmup_steps: 0, decay_steps: 0}",
-        *more,
-    ]
 
 
 def tables(given: Sequence[str]) -> int:
