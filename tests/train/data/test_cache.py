@@ -83,6 +83,21 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again_and_reported(
     assert all("was damaged (its hash is not the index's): fetching it again" in line for line in said)
 
 
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_a_shard_that_is_damaged_while_it_is_mapped_is_never_trained_on(
+    tmp_path: Path, compression: str | None
+) -> None:
+    root, cache = make_shards(tmp_path / "root", STREAMS, compression=compression), tmp_path / "cache"
+    records = iter(dataset(root, cache))
+    check(next(records))
+    for path in raw_shards(cache) if compression else sorted(root.glob("*/train/*.mds")):
+        with path.open("r+b") as file:  # in its place, as a disk does it: under the map
+            file.seek(half := path.stat().st_size // 2)
+            file.write(bytes(half))
+    with pytest.raises(ShardError, match=r"was changed while it was read|is damaged"):
+        [check(record) for record in records]
+
+
 def test_a_cut_off_shard_in_the_cache_is_fetched_again(remote: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     list(dataset(remote, cache))
