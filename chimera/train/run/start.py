@@ -85,6 +85,8 @@ def newest_complete(found: Sequence[tuple[int, str]], folder: Path) -> Start | N
 def _given(path: str, folder: Path, save_folder: str) -> Start:
     """The checkpoint `load_path`, by a name that may be anything."""
     file = _fetched(path, folder)
+    if file.suffix == ".safetensors" or (file.is_dir() and any(file.glob("*.safetensors"))):
+        raise UserError(f"setting `load_path`: {path} holds weights alone: start from them with `model.pretrained`")
     if file.is_dir():
         raise UserError(f"setting `load_path`: {path} is a folder: give the checkpoint in it, say latest-rank0.pt")
     if damage := damage_of(file):

@@ -1,6 +1,7 @@
 """Checkpoints of others: what is known to run code from a pickle is refused before every load."""
 
 import io
+import json
 import pickle
 import shutil
 import tarfile
@@ -19,8 +20,13 @@ from chimera.cli import UserError
 from chimera.commands import evaluate, export_hf
 from chimera.commands.train import main as train
 from chimera.train.run.checkpoint_file import read_checkpoint
-from chimera.train.run.start import fetch_to_node
+from chimera.train.run.start import choose_start, fetch_to_node
+from chimera.train.settings import TrainSettings
+from chimera.train.step.base import check_pretrained
+from chimera.train.step.model import build_model
+from tests.convert.small_tokenizer import spec
 from tests.damaged import make, words
+from tests.train.exports import write_base
 
 CANARY = "canary"  # what a gadget makes in the working folder when it runs
 COMMAND, CODE = f"touch {CANARY}", f"open({CANARY!r}, 'w')"
@@ -143,6 +149,31 @@ def test_what_runs_code_where_it_is_trusted_is_refused_unrun(
     with suppress(Exception):  # as Composer does: the gadget is one
         torch.load(file, weights_only=False)
     assert Path(CANARY).exists() or name in UNREAD
+
+
+def test_weights_alone_are_read_from_safetensors_and_never_from_a_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_base(tmp_path / "base", json.loads(spec()), {})
+    settings = TrainSettings(model={"pretrained": str(base)})
+    whole = build_model(settings, 700, eos_id=0, pad_id=1).state_dict()
+    torch.save({"weight": Trap()}, base / "pytorch_model.bin")
+    check_pretrained(str(base), base / "tokenizer.json")
+    assert all(map(torch.equal, build_model(settings, 700, eos_id=0, pad_id=1).state_dict().values(), whole.values()))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle, .*: give a folder with its weights as"):
+        check_pretrained(str(base), base / "tokenizer.json")
+    with pytest.raises(UserError):
+        build_model(settings, 700, eos_id=0, pad_id=1)
+    assert not Path(CANARY).exists()
+
+
+def test_a_load_path_of_weights_alone_says_where_they_go(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match=r"holds weights alone: start from them with `model.pretrained`"):
+            choose_start(TrainSettings(load_path=str(path), save_folder=str(tmp_path / "run")), tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
