@@ -14,6 +14,7 @@ from chimera.convert.build import part_state
 from chimera.convert.build.claims import just_changed, terms_of
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
+from chimera.convert.build.finished import CHECKED, check_small_files
 from chimera.convert.build.growth import (
     being_removed,
     end_removal,
@@ -26,7 +27,8 @@ from chimera.convert.build.growth import (
 from chimera.convert.build.outputs import Output, manifest_of, open_output
 from chimera.convert.build.part_lock import left_alone
 from chimera.convert.build.part_state import EVAL
-from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
+from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, planned_settings, text_bos
+from chimera.convert.build.planner import make_plan
 from chimera.convert.build.publish import publish
 from chimera.convert.build.ray_executor import RayExecutor
 from chimera.convert.build.work_lock import Locked, empty, holder_of, lock_of
@@ -158,9 +160,11 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
     if manifest is not None:
         common = shared(manifest, settings, encoder)
         if common and not changes(*common, encoder):
+            check_small_files(manifest, output)
             base, gone, settings = manifest, unnamed(manifest, settings), missing(manifest, settings)
             if not settings.streams:
-                say(f"{settings.output} is finished: nothing {'more to build' if gone else 'to do'}")
+                todo = f"nothing {'more to build' if gone else 'to do'}"
+                say(f"{settings.output} is finished: {todo} ({CHECKED.format(one_line(settings.output))})")
                 return Found(State.FINISHED, manifest, None, settings, base, gone)
             manifest = None
         elif not settings.rebuild:

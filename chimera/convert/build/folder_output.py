@@ -10,7 +10,7 @@ from chimera.cli import UserError
 from chimera.convert.build.claims import alone, claimed, just_changed
 from chimera.files import move_file, write_whole
 from chimera.manifest import Manifest, parse_manifest
-from chimera.mds import SPLITS, Json, digest, file_of
+from chimera.mds import SPLITS, Json, is_whole
 
 OURS = re.compile(r"index\.json|shard\.[\w.]+|\..+\.tmp")  # files of a split
 
@@ -64,11 +64,10 @@ class FolderOutput:
         move_file(file, place)
 
     def publish_shard(self, made: Path, key: str, entry: Json) -> bool:
-        place, file = self._root / key, file_of(entry)
+        place = self._root / key
         if made.exists():
             self.put(made, key)
-        data = place.read_bytes() if place.exists() else b""
-        return len(data) == file["bytes"] and all(digest(name, data) == value for name, value in file["hashes"].items())
+        return is_whole(entry, place.read_bytes() if place.exists() else b"")
 
     def check_free(self, streams: Iterable[str], rebuild: bool, finished: bool = False) -> None:
         for folder in [self._root / name for name in streams if os.path.lexists(self._root / name)]:

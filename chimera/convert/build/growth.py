@@ -6,6 +6,7 @@ publishes adds its own to those that the manifest names by then.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from chimera.cli import UserError, say
@@ -16,7 +17,7 @@ from chimera.convert.build.plan import BuildPlan
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.settings import BuildSettings, differences
 from chimera.files import write_whole
-from chimera.manifest import Manifest, Stream
+from chimera.manifest import NAME, Manifest, Stream
 
 GONE = "gone.json"  # in the work folder: streams that are being removed
 
@@ -86,8 +87,15 @@ def end_removal(work: Path, output: Output) -> None:
 
 
 def being_removed(work: Path) -> list[str]:
-    """The streams that a removal was at, which a kill ended."""
-    return json.loads((work / GONE).read_bytes()) if (work / GONE).exists() else []
+    """The streams that a removal was at, which a kill ended. Raises `UserError` where their list is damaged."""
+    file = work / GONE
+    if not file.exists():
+        return []
+    with suppress(ValueError, RecursionError):
+        found = json.loads(file.read_bytes())
+        if isinstance(found, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in found):
+            return found
+    raise UserError(f"{file} is damaged: remove it, and of the output the folders of streams that its manifest lacks")
 
 
 def restricted(manifest: Manifest, names: list[str]) -> Manifest:

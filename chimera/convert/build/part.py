@@ -25,11 +25,10 @@ from chimera.convert.build.batches import (
     in_eval,
     overlapping,
 )
-from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.last_rows import LastRows
 from chimera.convert.build.part_lock import held_part
 from chimera.convert.build.part_state import all_shard_keys, fits
-from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_file, reader_of, sample_file
+from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_of, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
 from chimera.convert.encode.document import Document
@@ -99,7 +98,7 @@ class _Part:
         self.part, self.name = self.plan.parts[index], f"{index:05d}"
         self.encoder = encoder
         self.reader = reader_of(self.build, self.plan, encoder)
-        self.held_out = HeldOut.read(held_out_file(work, stream) if self.plan.split == "train" else None)
+        self.held_out = held_out_of(work, plan, stream)
         self.eval_fraction = {"train": 0.0, "eval": 1.0}.get(str(self.plan.split), self.build.eval_fraction)
         self.shard_format = plan.shard_format(stream)
         self.state = part_state.load(folder)
@@ -265,6 +264,7 @@ class _Part:
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
         if isinstance(row.raw, bytes):
             self.rejects.write(row.raw)
+            part_state.note_reject(self.state, row.raw)
 
     def _reject_line(self, span: int, row: Row, dropped: Dropped) -> bytes | None:
         if dropped.kind == "filtered":

@@ -108,7 +108,8 @@ class StatusReader:
                 streams[name] = progress_of(stream, states[name], sum(running), start.get(name), seconds)
         wanted = self._settings.streams.keys()
         mine = {name.removesuffix(EVAL) for name in plan.streams} if plan else {*streams}
-        claims = {name: found for name, found in self._claims().items() if name not in mine}
+        found = self._claims() if plan or not alive else {}  # while it plans they may be the builder's own
+        claims = {name: claim for name, claim in found.items() if name not in mine}
         sent = self._sent() if claims else {}
         streams |= {name: StreamStatus("elsewhere", shards=sent.get(name, 0)) for name in claims if name != LEASE}
         order = [*wanted, *(f"{name}{EVAL}" for name in wanted if f"{name}{EVAL}" in streams)]
@@ -155,8 +156,12 @@ class StatusReader:
             keys = [LEASE, *(entry.key for entry in self._store.list(CLAIMS))]
             found = {key: self._store.find(key) for key in keys}
             return {key.removeprefix(f"{CLAIMS}/"): _value(data) for key, data in found.items() if data is not None}
-        files = Path(self._settings.output, CLAIMS).glob("[!.]*")
-        return {file.name: _value(file.read_bytes()) for file in files if is_locked(file)}
+        claims = {}
+        for file in Path(self._settings.output, CLAIMS).glob("[!.]*"):
+            with suppress(OSError):  # it has just gone, or is another user's
+                if is_locked(file):
+                    claims[file.name] = _value(file.read_bytes())
+        return claims
 
     def _sent(self) -> Counter[str]:
         """Shards of the output's streams that are there."""

@@ -66,7 +66,7 @@ class StoreOutput:
                 raise self._taken(key)
             if not self._claims and self._store.put_if_absent(key, claim):  # twice?
                 say(f"{self.name}: no conditional creates here: a builder that begins in the same second may go unseen")
-        elif _builder_of(found) != self._builder():
+        elif builder_of(found) != self._builder():
             self._check_rebuild(key, rebuild)
             _forget_parts(self._work)  # first: its objects may lie in the places of those that were sent
             self._store.put(key, claim)
@@ -76,7 +76,7 @@ class StoreOutput:
 
     def check_claims(self) -> None:
         for key in self._claims:
-            if _builder_of(self._store.find(key)) != self._builder():
+            if builder_of(self._store.find(key)) != self._builder():
                 raise self._taken(key)
 
     def _taken(self, key: str) -> UserError:
@@ -88,14 +88,14 @@ class StoreOutput:
     def _give_up(self, keys: list[str]) -> None:
         for key in keys:
             found = self._store.find(key)
-            if found and _builder_of(found) == self._builder():  # another builder may have taken over
+            if found and builder_of(found) == self._builder():  # another builder may have taken over
                 self._store.delete(key)
         self._claims = []
 
     def _has_lease(self, rebuild: bool) -> bool:
         """Whether an earlier version claimed all streams for this build. What it claimed for another goes."""
         found = self._store.find(LEASE)
-        if found is not None and _builder_of(found) != self._builder():
+        if found is not None and builder_of(found) != self._builder():
             self._check_rebuild(LEASE, rebuild)
             _forget_parts(self._work)
             self._store.delete(LEASE)
@@ -107,7 +107,7 @@ class StoreOutput:
         for entry in self._store.list(CLAIMS):
             name = entry.key.removeprefix(f"{CLAIMS}/")
             found = None if name in streams else self._store.find(entry.key)
-            if found is None or _builder_of(found) == self._builder():
+            if found is None or builder_of(found) == self._builder():
                 continue
             try:
                 check_terms(self.name, name, _value(found).get("terms"), terms)
@@ -200,7 +200,8 @@ def _value(data: bytes | None) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def _builder_of(data: bytes | None) -> str | None:
+def builder_of(data: bytes | None) -> str | None:
+    """The name of the builder that made a claim."""
     return _value(data).get("builder")
 
 
