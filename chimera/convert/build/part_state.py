@@ -20,10 +20,9 @@ first line: until then a kill leaves the part where that file has it.
 import io
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from chimera.cli import UserError
-from chimera.files import lock_file, write_whole
+from chimera.files import write_whole
 from chimera.mds import SPLITS, Array, Json, file_of
 
 COMMITS, OLD_STATE = "commits.jsonl", "state.npz"
@@ -251,29 +250,3 @@ def _damage(folder: Path, name: str) -> Iterator[None]:
         FileNotFoundError, BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error
     ) as error:  # fmt: skip
         raise UserError(f"{folder}/{name} is damaged ({error}): remove {folder} and run the command again") from None
-
-
-@contextmanager
-def lock_of(work: Path) -> Iterator[bool]:
-    """Hold the work folder, made if need be and removed if it ends empty; yields whether nobody else did."""
-    work.mkdir(parents=True, exist_ok=True)
-    lock = work / "lock"
-    try:
-        with lock_file(lock, wait=False) as free:
-            try:
-                yield free
-            finally:
-                if free and [*work.iterdir()] == [lock]:
-                    lock.unlink()
-    finally:
-        with suppress(OSError):  # it holds work; or it is a link
-            work.rmdir()
-
-
-def empty(work: Path) -> None:
-    """Remove what the work folder holds, but for its lock, which `lock_of` removes."""
-    for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()

@@ -5,6 +5,7 @@ revision, and all workers read the same settings, parts and tokenizer.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,6 @@ import numpy as np
 from chimera.cli import UserError, say
 from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.part_state import EVAL
-from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.probe import chats_of
@@ -27,7 +27,6 @@ from chimera.files import write_whole
 from chimera.manifest import ChatTemplate, EncoderPath, Source, Tokenizer
 from chimera.mds import Json, ShardFormat, digest
 from chimera.text import one_line
-from chimera.tokenizer_file import gave_up
 
 PARTS = "parts-"  # with a plan's id: the folder of its parts
 
@@ -108,9 +107,10 @@ class BuildPlan:
 
 def load_plan(work: Path) -> BuildPlan:
     """The plan in a work folder, as every worker sees it. Raises `UserError` for a damaged one."""
-    data = (work / "plan.json").read_bytes()
+    with open(work / "plan.json", "rb") as file:
+        found = os.fstat(file.fileno())
     try:
-        return _parse(data)
+        return _parse(work / "plan.json", (found.st_ino, found.st_mtime_ns, found.st_size))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{work}/plan.json is damaged ({one_line(error)[:200]}): remove {work} and build again"
@@ -123,9 +123,11 @@ def _sum_of(value: Json) -> str:
 
 
 @lru_cache(maxsize=2)
-def _parse(data: bytes) -> BuildPlan:
+def _parse(path: Path, stamp: tuple[int, ...]) -> BuildPlan:
+    """The plan in a file that is read anew, for hours, only when its `stamp` is another."""
+    del stamp
     try:
-        value = json.loads(data)
+        value = json.loads(path.read_bytes())
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if value.pop("sha256", None) not in (None, _sum_of(value)):  # None: of an earlier version
@@ -221,17 +223,6 @@ def encoder_for(stream: StreamPlan, encoder: Encoder) -> Encoder:
     if stream.encoder.path == "tokenizers":
         mine.leave_fast_path(stream.encoder.reason)
     return mine
-
-
-def encodes(encoder: Encoder, document: Document) -> bool:
-    """Whether the tokenizer does not fail on a row's documents."""
-    try:
-        encoder.encode([document, *document.more])
-    except BaseException as error:
-        if not gave_up(error):
-            raise
-        return False
-    return True
 
 
 def reader_of(settings: BuildSettings, stream: StreamPlan, encoder: Encoder) -> DocumentReader:

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from chimera.cli import say
-from chimera.convert.build.head import sample_of
+from chimera.convert.build.head import encodes, sample_of
 from chimera.convert.build.held_out import write_digests
 from chimera.convert.build.part_state import EVAL
 from chimera.convert.build.plan import (
     BuildPlan,
     StreamPlan,
     encoder_for,
-    encodes,
     held_out_file,
     planned_settings,
     reader_of,

@@ -3,8 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from chimera.convert.build.head import sample_of
-from chimera.convert.build.plan import BuildPlan, encoder_of, encodes, reader_of, sample_file
+from chimera.convert.build.head import encodes, sample_of
+from chimera.convert.build.plan import BuildPlan, encoder_of, reader_of, sample_file
 from chimera.convert.encode.proof_lines import proof_of
 from chimera.mds import digest
 

@@ -15,7 +15,7 @@ import zstandard
 from chimera.cli import UserError
 from chimera.convert.build import part_state
 from chimera.convert.build.growth import merged
-from chimera.convert.build.outputs import Output
+from chimera.convert.build.outputs import Output, update_manifest
 from chimera.convert.build.part_state import EVAL, PartState, all_shard_keys, shard_keys
 from chimera.convert.build.plan import BuildPlan, StreamPlan, tokenizer_copy
 from chimera.convert.build.proofs import proof
@@ -27,16 +27,14 @@ from chimera.proof_file import name_of
 Found = TypeVar("Found")
 
 
-def publish(
-    plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output, base: Manifest | None = None
-) -> Manifest:
-    """Bring everything to the output; returns the manifest, with the streams of `base` that are there already."""
+def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output) -> Manifest:
+    """Bring everything to the output; returns the manifest, with the streams that are there already."""
     check_sources(plan)
     tokenizer = tokenizer_copy(work, plan)
     proofs = {name: proof(plan, name, work) for name in parts if not name.endswith(EVAL)}
-    manifest = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
-    check_sums(manifest)
-    check_streams(manifest, plan, work)
+    built = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
+    check_sums(built)
+    check_streams(built, plan, work)
     _publish_shards(plan, parts, work, output)
     for name in proofs:
         for key, stream in _of_stream(plan.streams, name).items():
@@ -52,10 +50,8 @@ def publish(
         output.put(collect_rejects(plan, name, parts, work), f"rejects/{name}.jsonl.zst")
         output.write(name_of(name), proofs[name])
     output.write("tokenizer/tokenizer.json", tokenizer)
-    manifest = merged(base, manifest)
-    output.check_lease()
-    output.write("manifest.json", manifest.as_bytes())
-    output.release_lease()
+    manifest = update_manifest(output, lambda found: merged(found, built, output))
+    output.release()
     return manifest
 
 
