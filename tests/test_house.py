@@ -93,6 +93,17 @@ def test_imports_stand_at_the_top() -> None:
     assert not found
 
 
+def test_no_decision_is_made_by_the_wall_clock() -> None:
+    """Which may go back. The two that ask it: credentials end at a time of day, a plan holds the day it was made on."""
+    asking = re.compile(r"\b(time\.time|time_ns|localtime|gmtime|ctime|(datetime|date)\.(now|utcnow|today))\(")
+    found = {
+        path.relative_to(ROOT / "chimera").as_posix()
+        for path in (ROOT / "chimera").rglob("*.py")
+        if asking.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"objects_obstore.py", "convert/encode/probe.py"}
+
+
 def test_what_is_imported_is_there() -> None:
     """Also in a function, where no test may have come by."""
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "chimera").rglob("*.py")}
