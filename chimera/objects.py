@@ -99,7 +99,7 @@ class Objects:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Make an object of its own bytes (no other writer has the same) unless there is one; returns whether it did.
 
-        That is one step where the store honours conditional creates. Where an attempt's answer was lost, what is there
+        That is one step where the store honors conditional creates. Where an attempt's answer was lost, what is there
         tells.
         """
         tried = 0

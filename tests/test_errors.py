@@ -440,7 +440,7 @@ def test_on_a_terminal_progress_is_one_bar_and_no_color_is_respected(
     assert b"\r" in said
     assert "100%|█".encode() in said
     if no_color:
-        assert re.search(rb"\x1b\[[0-9;]*m", said) is None, "colours although NO_COLOR is set"
+        assert re.search(rb"\x1b\[[0-9;]*m", said) is None, "colors although NO_COLOR is set"
 
 
 def read_terminal(primary: int) -> bytes:
