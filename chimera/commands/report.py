@@ -60,7 +60,7 @@ def summary(found: "Run", differing: Sequence[int], unchecked: str | None) -> st
         f"starts (step, ranks): {starts or 'not recorded'}",
         "",
         *table(
-            ("phase", "steps", "stream", "planned", "realised", "of the tokens", "off by at most"),
+            ("phase", "steps", "stream", "planned", "realized", "of the tokens", "off by at most"),
             [
                 (
                     row.phase,

@@ -112,7 +112,7 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
 def test_of_two_builders_that_begin_at_once_one_is_refused(
     sources: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both see that nobody has the claim before either takes it, on a server that honours conditional creates."""
+    """Both see that nobody has the claim before either takes it, on a server that honors conditional creates."""
     both_looked, refused = threading.Barrier(2), threading.Event()
     looks: list[str] = []
 
