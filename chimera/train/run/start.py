@@ -108,7 +108,7 @@ def newest_complete(found: Sequence[tuple[int, str]], folder: Path) -> Start | N
 
 def _branch(branch: BranchSettings, folder: Path, save_folder: str) -> Start:
     """The checkpoint that a branch begins with, of a run or given itself."""
-    place, path = branch.origin, branch.origin
+    place, path, newest = branch.origin, branch.origin, None
     if not is_checkpoint(place):
         if not (found := checkpoints_at(place)):
             raise UserError(
@@ -117,7 +117,7 @@ def _branch(branch: BranchSettings, folder: Path, save_folder: str) -> Start:
             )
         newest = newest_complete(found, folder) if branch.step is None else None
         path = newest.path if newest and newest.path else of_step(found, branch.step or found[0][0], place)
-    start = _given(path, place, "branch.from", folder, save_folder)
+    start = _given(path, place, "branch.from", folder, save_folder, whole=path == (newest and newest.path))
     if branch.step not in (None, start.step):
         raise UserError(
             f"setting `branch.step` is {branch.step}, but {path} holds step {start.step}: leave `branch.step` out, or "
@@ -131,15 +131,18 @@ def _branch(branch: BranchSettings, folder: Path, save_folder: str) -> Start:
     return start
 
 
-def _given(path: str, place: str, key: str, folder: Path, save_folder: str) -> Start:
-    """The checkpoint `path`, by a name that may be anything, which setting `key` gives as `place`."""
-    file = _fetched(path, folder)
+def _given(path: str, place: str, key: str, folder: Path, save_folder: str, whole: bool = False) -> Start:
+    """The checkpoint `path`, by a name that may be anything, which setting `key` gives as `place`.
+
+    `whole`: it is on this node, and read to its end.
+    """
+    file = on_this_node(path, folder) if whole else _fetched(path, folder)
     if file.is_dir():
         raise UserError(
             f"setting `{key}`: {path} is a folder: give the checkpoint in it, say latest-rank0.pt, or the "
             "folder as `branch.from`"
         )
-    if damage := damage_of(file):
+    if not whole and (damage := damage_of(file)):
         raise UserError(f"setting `{key}`: checkpoint {path} cannot be read: {damage}")
     match = NAME.fullmatch(Path(path).name if is_remote(path) else file.resolve().name)
     step, about = _held(file, int(match[2]) if match else None)
