@@ -103,6 +103,18 @@ def try_lock(descriptor: int, path: Path, wait: bool = False) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process of this machine, or of any where locks are kept between them, holds the lock file `path`.
+
+    Raises `OSError` where that cannot be asked: no permission to write to it, a file system without locks.
+    """
+    try:
+        with open(path, "r+b") as file:  # a lock over NFS needs a file that is open for writing
+            return not try_lock(file.fileno(), path)
+    except FileNotFoundError:
+        return False
+
+
 def is_at(path: Path, descriptor: int) -> bool:
     """Whether an open file is still the one at `path`."""
     try:

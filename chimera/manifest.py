@@ -17,10 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from chimera.mds import SPLITS, Json, ShardFormat
+from chimera.mds import SPLITS, Json, ShardFormat, digest
 from chimera.text import json_text, one_line
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]  # rows, tokens, blocks: no build has more
 Counts = dict[str, Count]
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a stream, which is a folder's: a file's name has at most 255 bytes
 OTHER_FOLDERS = frozenset({"rejects", "tokenizer", "proof"})  # of an output: no stream may have their names
@@ -201,7 +201,13 @@ class Manifest(Entry):
         return ShardFormat(self.block_len, self.dtype, masked, self.compression, self.hash, size, found.starts)
 
     def as_bytes(self) -> bytes:
-        return json_text(self.model_dump(), sort_keys=True, indent=1).encode() + b"\n"
+        value = self.model_dump()
+        return json_text({**value, "sha256": _sum_of(value)}, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _sum_of(value: Json) -> str:
+    """The hash of a manifest as JSON, without the hash it holds."""
+    return digest("sha256", json.dumps(value, sort_keys=True).encode())
 
 
 def _is_source(describe: Any) -> bool:
@@ -223,13 +229,13 @@ def _is_source(describe: Any) -> bool:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """The manifest in the bytes of a file. Raises `NotAManifest`, or another `ValueError` for what is no JSON."""
+    """The manifest in the bytes of a file. Raises `NotAManifest`, or another `ValueError` for one that is damaged."""
     try:
         value = json.loads(data)
     except RecursionError as error:
         raise ValueError(str(error)) from None
     try:
-        return Manifest.model_validate(value)
+        found = Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -237,3 +243,6 @@ def parse_manifest(data: bytes) -> Manifest:
         raise NotAManifest(one_line(f"{where}: {what}" if where else what)) from None
     except (KeyError, TypeError, AttributeError) as error:
         raise NotAManifest(one_line(f"its settings are damaged: {error!r}")) from None
+    if value.pop("sha256", None) not in (None, _sum_of(value)):  # None: of an earlier version
+        raise ValueError("its `sha256` is not that of the rest: take the key out if you changed the file yourself")
+    return found

@@ -125,6 +125,12 @@ def file_of(entry: Json) -> Json:
     return stored
 
 
+def is_whole(entry: Json, data: bytes) -> bool:
+    """Whether a file is the one that an index entry's shard was stored as."""
+    file = file_of(entry)
+    return len(data) == file["bytes"] and all(digest(name, data) == value for name, value in file["hashes"].items())
+
+
 def index_bytes(entries: list[Json]) -> bytes:
     """An `index.json` over shards in their order."""
     return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()

@@ -5,7 +5,7 @@ compared; what fails is tried again (`stores.attempt`).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,44 @@ class Objects:
 
         return self._try("upload", key, act) or (tried > 1 and self.find(key) == data)
 
+    def update(self, key: str, change: Callable[[bytes | None], bytes]) -> bytes:
+        """Make an object what `change` makes of it (`None`: there is none), whoever else does so; returns what it is.
+
+        `change` may be asked several times, and gives back what has its change already. No change of another writer is
+        lost where the store honours conditional writes.
+        """
+
+        def act() -> bytes:
+            path, made = self._path(key), False
+            while not made:
+                found = self._entry(path)
+                before = None if found is None else b"".join(self._client.read(path))
+                after = change(before)
+                if after == before:
+                    return after
+                if found is None:
+                    made = self._client.create(path, after)
+                else:
+                    made = self._client.swap(path, after, found.etag)
+            if b"".join(self._client.read(path)) != after:  # the next attempt sees whether it is another's change
+                raise OSError("the store gave back other bytes than it was sent")
+            return after
+
+        return self._try("upload", key, act)
+
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._try("removal", key, lambda: self._client.delete(self._path(key)))
+
+    def _entry(self, path: str) -> Entry | None:
+        """What is said of an object, or `None` where there is none."""
+        try:
+            return self._client.head(path)
+        except Exception as error:
+            if status_of(error) != 404:
+                raise
+            return None
 
     def _path(self, key: str) -> str:
         return f"{self._folder}/{key}".strip("/")

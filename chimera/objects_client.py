@@ -38,6 +38,10 @@ class Client(Protocol):
         """Make the object unless there is one, in one step where the store can; returns whether it did."""
         ...
 
+    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
+        """Replace the object that has this tag, in one step where the store can; returns whether it did."""
+        ...
+
     def delete(self, path: str) -> None:
         """Remove the object, if it is there."""
         ...

@@ -79,6 +79,12 @@ class FsspecClient:
         self.write(path, data)
         return True
 
+    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
+        """One step, which does not look at the tag: these clients have no other."""
+        del etag
+        self.write(path, data)
+        return True
+
     def delete(self, path: str) -> None:
         self._system.invalidate_cache()
         if self._system.exists(self._at(path)):  # on the hub a removal is a commit
@@ -148,6 +154,12 @@ class SftpClient:
             self._session.stat(f"/{path}")  # or the server was not up to it
             self._session.remove(part)
             return False
+        return True
+
+    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
+        """One step, which does not look at the tag: the protocol has no other."""
+        del etag
+        self.write(path, data)
         return True
 
     def delete(self, path: str) -> None:

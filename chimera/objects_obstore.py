@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from obstore.exceptions import AlreadyExistsError, GenericError
+from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from chimera.cli import UserError
@@ -112,6 +112,21 @@ class ObstoreClient:
         try:
             self._store.put(path, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
+            return False
+        except Exception as error:
+            if status_of(error) not in (400, 501):
+                raise
+            self._store.put(path, data, use_multipart=False)  # no such thing here
+        return True
+
+    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
+        found = self._store.head(path)
+        if _tag(found) != etag:
+            return False
+        version = {key: found[key] for key in ("e_tag", "version") if found[key]}
+        try:
+            self._store.put(path, data, mode=version, use_multipart=False)
+        except PreconditionError:
             return False
         except Exception as error:
             if status_of(error) not in (400, 501):

@@ -1,4 +1,4 @@
-"""Mutations of the files that a build and a run leave, and what a command makes of them."""
+"""A small build and a run on it, mutations of the files that they leave, and what a command makes of them."""
 
 import json
 import random
@@ -11,13 +11,45 @@ from typing import Any
 import pytest
 
 from chimera.cli import run
+from chimera.commands.train import main as train
+from tests.convert import builds
 
+ROOT = Path(__file__).resolve().parents[1]
 DEEP = object()  # stands for lists within lists, which no JSON writer takes
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 1.5, -0.5, 2**31, 2**63, 2**64, 10**40, 10**4000, float("nan"), float("inf"), 1e300),
     *("", "x", "0", "../../x", "/etc/passwd", "a\0b", "\udcff", "\x1b[2J", "x" * 10**5, "漢" * 300, "2**63"),
     *([], {}, [[]], [None], {"": None}, {"x": {"x": 1}}, DEEP),
 )
+
+
+def make(folder: Path) -> None:
+    """A finished build of texts and chats, and a run of two steps on it."""
+    (folder / "texts.jsonl").write_bytes(builds.jsonl({"text": text} for text in builds.texts(1, 60)))
+    (folder / "chats.jsonl").write_bytes(builds.jsonl(builds.chats(2, 30)))
+    streams: dict[str, Any] = {"texts": {"sources": [{"files": [f"{folder}/texts.jsonl"]}]}}
+    streams["chats"] = {"format": "chatml", "packing": "best_fit", "sources": [{"files": [f"{folder}/chats.jsonl"]}]}
+    settings = builds.config(folder, folder / "shards", streams=streams, compression="zstd", workers=1)
+    (folder / "shards.yaml").write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHIMERA_ENCODER", "tokenizers")  # no comparison of engines
+        builds.build_here(settings)
+    assert train(words(folder)) == 0
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    """The settings of that run, as the commands take them."""
+    return [
+        str(ROOT / "yamls/demo/base.yaml"),
+        "phases=[{name: all, steps: 2, proportions: {texts: 0.5, chats: 0.5}}]",
+        "curriculum.stages=[{from_step: 0, seq_len: 64}]",
+        "model={hidden_size: 16, intermediate_size: 16, num_attention_heads: 2, num_hidden_layers: 1}",
+        "generate.interval=0",
+        *("eval={interval: 2, blocks: 4}", "save_interval=1", "global_train_batch_size=2", "max_passes=1000"),
+        *(f"shards={folder}/shards", f"cache={folder}/cache", f"save_folder={folder}/run"),
+        "scheduler={name: constant, warmup_steps: 0, decay_steps: 0}",
+        *more,
+    ]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -64,7 +96,8 @@ def with_line(rng: random.Random, text: bytes) -> bytes:
     elif way == 2:
         rng.shuffle(lines)
     else:
-        lines[at] = with_value(rng, lines[at]) + b"\n"
+        before, brace, rest = lines[at].partition(b"{")  # a part's files have something in front of the JSON
+        lines[at] = before + with_value(rng, brace + rest) + b"\n"
     return b"".join(lines)
 
 

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import zstandard
 
 import chimera
 from chimera import manifest
+from chimera.convert.build.status import STATES, BuildStatus
+from chimera.convert.build.stream_status import StreamStatus
 from docs import site_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +182,15 @@ def test_the_page_of_formats_has_every_field_of_a_manifest() -> None:
     models |= {"`streams.NAME.train`, `streams.NAME.eval`": manifest.Split}
     for section, model in models.items():
         assert keys_of(section) == set(model.model_fields), section
+
+
+def test_the_page_of_formats_has_every_field_of_a_status() -> None:
+    assert keys_of("Status") == {field.name for field in fields(BuildStatus)}
+    assert keys_of("`status.streams.NAME`") == {field.name for field in fields(StreamStatus)}
+    (states,) = re.findall(
+        r"^\| `state` \| text \| (`none`.*) \|$", (ROOT / "docs/formats.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {*re.findall(r"`(\w+)`", states)} - {"work"} == {*STATES}
 
 
 def check_formats(shards: Path, run: Path) -> None:

@@ -190,7 +190,7 @@ TABLE = [
     ("build_shards", [SHARDS, "shard_bytes=4000000000"], "`shard_bytes` is 4000000000; it must be below 2147483648"),
     ("build_shards", [SHARDS, "stall_after=0"], "`stall_after` is 0; it must be above 0"),
     ("build_shards", [SHARDS, "eval_fraction=1.5"], "`eval_fraction` is 1.5; it must be below 1"),
-    ("build_shards", [SHARDS, "engine=slurm"], "`engine` is 'slurm'; it must be local or ray"),
+    ("build_shards", [SHARDS, "engine=slurm"], "`engine` is 'slurm'; it must be local, ray or array"),
     ("build_shards", [SHARDS, "hash=crc"], "`hash` is 'crc'; it must be one of"),
     ("build_shards", [SHARDS, "compression=gz"], "`compression` is 'gz'; it must be null, zstd"),
     (

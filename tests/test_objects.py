@@ -105,6 +105,39 @@ def test_of_many_creators_one_succeeds(servers: dict[str, S3Server], monkeypatch
         assert [writer for writer in range(6) if won[writer]] == [int(stores[0].get(str(number))[-1:])]
 
 
+def test_no_change_of_many_writers_is_lost(servers: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in servers["seaweed"].environment.items():
+        monkeypatch.setenv(key, value)
+
+    def add(name: str) -> bytes:
+        def change(found: bytes | None) -> bytes:
+            names = {*(found or b"").decode().split(), name}
+            return " ".join(sorted(names)).encode()
+
+        return Objects("s3://bucket/merged", 6).update("names", change)
+
+    names = [f"{number:02d}" for number in range(20)]
+    with ThreadPoolExecutor(5) as pool:
+        got = [*pool.map(add, names)]
+    assert all(name.encode() in each for name, each in zip(names, got, strict=True))
+    assert Objects("s3://bucket/merged", 1).get("names") == " ".join(names).encode()
+
+
+def test_a_change_whose_answer_is_lost_is_made_once(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    del s3
+    real, store = ObstoreClient.swap, Objects("s3://bucket/lost", 2)
+    store.put("n", b"1")
+
+    def lose_answer(self: ObstoreClient, path: str, data: bytes, etag: str | None) -> bool:
+        monkeypatch.setattr(ObstoreClient, "swap", real)
+        real(self, path, data, etag)
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(ObstoreClient, "swap", lose_answer)
+    assert store.update("n", lambda found: b"1 2" if found in (b"1", b"1 2") else b"?") == b"1 2"
+    assert store.get("n") == b"1 2"
+
+
 def test_a_claim_whose_answer_is_lost_is_known_as_ours(servers: dict[str, S3Server], monkeypatch: Any) -> None:
     for key, value in servers["seaweed"].environment.items():
         monkeypatch.setenv(key, value)

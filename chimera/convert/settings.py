@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from chimera.chatml import IM_END, IM_START
@@ -18,8 +18,10 @@ from chimera.config import Bytes, Place, Settings, Switch
 from chimera.limits import LEAST, Limits, available_memory
 from chimera.mds import known_hashes
 from chimera.stores import check_writable, is_remote
+from chimera.text import one_line
 
-LEASE = "builder.json"  # of a store, while a build writes to it: who it is
+CLAIMS = ".claims"  # in an output: the folder of those that build its streams
+LEASE = "builder.json"  # of a store, while a build of an earlier version writes to it: who it is
 WORK = ".work"  # of a local output, while it is built: what is unfinished
 Packing = Literal["concat", "best_fit", "none"]
 PACKINGS = get_args(Packing)
@@ -34,7 +36,14 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # a file's name is at most 255 byte
 _TAKEN = ("rejects", "tokenizer", "proof")  # folders of the output that are no stream's
 
 # Settings that say how a build runs, not what it writes: they may change between runs of one build.
-_RUNNING = ("output", "workers", "engine", "ray_address", "work", "stall_after", "retries", "rebuild", "worker_memory")
+_RUNNING = (
+    *("output", "workers", "engine", "ray_address", "work", "stall_after", "retries"),
+    *("rebuild", "worker_memory", "only"),
+)
+
+
+def _names(given: Any) -> Any:
+    return [name for part in given.split(",") if (name := part.strip())] if isinstance(given, str) else given
 
 
 class TokenizerSettings(Settings):
@@ -197,7 +206,10 @@ class BuildSettings(Settings):
     worker_memory: Bytes | None = Field(
         None, description="that reading may bring a worker to; null: its share of what is free"
     )
-    engine: Literal["local", "ray"] = Field("local", description="where workers run")
+    engine: Literal["local", "ray", "array"] = Field(
+        "local",
+        description="where workers run: here, on a Ray cluster, or in all processes that run this command (array)",
+    )
     ray_address: str | None = Field(
         None, description="null: a cluster already running here, else one started for the build"
     )
@@ -212,6 +224,9 @@ class BuildSettings(Settings):
     rebuild: Switch = Field(
         False,
         description="replace an output that was built with other settings; remove its streams that are not named here",
+    )
+    only: Annotated[list[str], BeforeValidator(_names)] = Field(
+        [], description="names of streams: build these alone. Other builders may build others of the output meanwhile"
     )
     streams: dict[str, StreamSettings] = Field({}, min_length=1, description="what each stream is made of, by its name")
 
@@ -255,6 +270,15 @@ class BuildSettings(Settings):
         return streams
 
     @model_validator(mode="after")
+    def _chosen(self) -> "BuildSettings":
+        if unknown := [name for name in self.only if name not in self.streams]:
+            raise ValueError(f"setting `only`: there is no stream {one_line(unknown[0])} in `streams`")
+        if self.only and self.rebuild:
+            raise ValueError("`rebuild` replaces the output as a whole: leave `only` out")
+        self.streams = {name: stream for name, stream in self.streams.items() if name in self.only or not self.only}
+        return self
+
+    @model_validator(mode="after")
     def _ends(self) -> "BuildSettings":
         chat = [name for name, stream in self.streams.items() if stream.format == "chatml"]
         if chat and self.tokenizer.pad_token in (IM_START, IM_END):
@@ -289,11 +313,12 @@ class BuildSettings(Settings):
 
         It is removed with the work, so it is never a folder of the user's.
         """
+        names = " ".join(sorted({*self.only}))  # each choice of streams has its own
         if self.work is None and not self.remote:
-            return Path(self.output).absolute() / WORK
+            return Path(self.output).absolute() / (f"{WORK}-{_digest(names)}" if names else WORK)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chimera"
         output = self.output.rstrip("/") if self.remote else os.path.realpath(self.output)
-        return Path(self.work or cache).absolute() / f"build-{hashlib.sha256(output.encode()).hexdigest()[:16]}"
+        return Path(self.work or cache).absolute() / f"build-{_digest(f'{output} {names}' if names else output)}"
 
     @property
     def worker_count(self) -> int:
@@ -305,6 +330,10 @@ class BuildSettings(Settings):
         if self.worker_memory is not None:
             return Limits(parse_bytes(self.worker_memory, "worker_memory"), self.retries, scratch)
         return Limits(max(LEAST, available_memory() // here), self.retries, scratch)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def stream_name(name: str) -> bool:

@@ -201,9 +201,13 @@ class Inline(Executor):
 
     def wait(self, seconds: float) -> list[Any]:
         from chimera.convert.build.part import run_part
+        from chimera.convert.build.part_lock import Busy
 
         task = self._tasks.pop(-1 if self._last_first else 0)
-        run_part(self._work, task.stream, task.part, task.limit, lambda _: None)
+        try:
+            run_part(self._work, task.stream, task.part, task.limit, lambda _: None, task.build)
+        except Busy:
+            return [Event("busy", task)]
         return [Event("done", task)]
 
     def cancel(self, task: Any) -> None:

@@ -11,14 +11,27 @@ from pathlib import Path
 
 from chimera.cli import UserError, say
 from chimera.convert.build import part_state
+from chimera.convert.build.claims import just_changed, terms_of
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
-from chimera.convert.build.growth import GONE, end_removal, is_published, missing, remove_streams, shared, unnamed
+from chimera.convert.build.finished import CHECKED, check_small_files
+from chimera.convert.build.growth import (
+    being_removed,
+    end_removal,
+    is_published,
+    missing,
+    remove_streams,
+    shared,
+    unnamed,
+)
 from chimera.convert.build.outputs import Output, manifest_of, open_output
+from chimera.convert.build.part_lock import left_alone
 from chimera.convert.build.part_state import EVAL
-from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, make_plan, planned_settings, text_bos
+from chimera.convert.build.plan import PARTS, BuildPlan, load_plan, planned_settings, text_bos
+from chimera.convert.build.planner import make_plan
 from chimera.convert.build.publish import publish
 from chimera.convert.build.ray_executor import RayExecutor
+from chimera.convert.build.work_lock import Locked, empty, holder_of, lock_of
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.template import changed_templates
 from chimera.convert.read.sources import added_files, changed_files, gone_files
@@ -40,49 +53,65 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
         found = look(settings, work, output, encoder)
         if found.whole and not found.gone:
             return found.whole  # which needs no permission to write there
-    with output.lock() as alone, part_state.lock_of(work) as free:
-        if not (alone and free):
-            raise UserError(f"another builder is writing {settings.output}: wait for it or stop it")
-        if (work / GONE).exists():  # a removal that a kill has ended
-            output.acquire(work, settings.rebuild, finished=True)
-            end_removal(work, output)
-            if not (work / "plan.json").exists():
-                output.release_lease()
-        try:
-            found = look(settings, work, output, encoder)
-            if found.whole or found.published:
-                if (work / "plan.json").exists():
-                    output.release_lease()
-                part_state.empty(work)
-            if found.whole and not found.gone:
-                return found.whole
-            if begun and found.state is not State.RESUMING:
-                encoder = Encoder.from_settings(settings.tokenizer)
-            plan = None if found.whole else begin(found, work, output, encoder)
-        except BaseException:
-            if not (work / "plan.json").exists():
-                part_state.empty(work)  # nothing has begun
-            raise
-        output.acquire(work, settings.rebuild, finished=found.base is not None)
-        if found.base and manifest_of(output) != found.base:  # of a builder that had the lease since this one looked
-            output.release_lease()
-            raise UserError(f"another builder has just changed {settings.output}: run the same command again")
-        if found.base and found.gone:
-            found = replace(found, base=remove_streams(found.base, found.gone, work, output))
-        if plan is None:
-            assert found.base
-            output.release_lease()
-            part_state.empty(work)
-            return found.base
-        plan = cleared(plan, work, output, found.base)
-        with executor:
-            parts = Dispatcher(plan.streams, work, settings.stall_after).run(executor)
-        manifest = publish(plan, parts, work, output, found.base)
-        part_state.empty(work)
+    terms = terms_of(settings, encoder)
+    with lock_of(work, many=settings.engine == "array") as free:
+        if not free:
+            holder = holder_of(work)
+            who = f" ({holder})" if holder else ""
+            raise Locked(f"another builder is writing {settings.output}{who}: wait for it or stop it")
+        names = streams_of(settings, work, output)
+        with output.lock(names, terms):
+            if gone := being_removed(work):  # by a build that a kill has ended
+                output.acquire(work, gone, terms, settings.rebuild)
+                end_removal(work, output)
+                if not (work / "plan.json").exists():
+                    output.release()
+            try:
+                found = look(settings, work, output, encoder)
+                if found.whole or found.published:
+                    if (work / "plan.json").exists():
+                        output.release()
+                    empty(work)
+                if found.whole and not found.gone:
+                    return found.whole
+                if begun and found.state is not State.RESUMING:
+                    encoder = Encoder.from_settings(settings.tokenizer)
+                plan = None if found.whole else begin(found, work, output, encoder)
+            except BaseException:
+                if not (work / "plan.json").exists():
+                    empty(work)  # nothing has begun
+                raise
+            building = {*found.settings.streams} if plan else set()
+            output.acquire(work, {*found.gone, *building, *(plan.clearing if plan else ())}, terms, settings.rebuild)
+            manifest = replace_older(found, work, output)
+            if plan is None or (manifest and building & manifest.streams.keys()):
+                output.release()
+                empty(work)
+                if plan or not manifest:
+                    raise just_changed(output.name)
+                return manifest
+            plan = cleared(plan, work, output, manifest)
+            with executor:
+                parts = Dispatcher(plan.streams, work, settings.stall_after).run(executor)
+            manifest = publish(plan, parts, work, output)
+            empty(work)
+    if settings.streams.keys() - manifest.streams.keys():
+        raise just_changed(output.name)
     for name, stream in manifest.streams.items():
         if name in found.settings.streams:
             say(f"{name}: {summary(stream, settings.streams[name].max_tokens)}")
     return manifest
+
+
+def streams_of(settings: BuildSettings, work: Path, output: Output) -> set[str]:
+    """The streams that a build may write or remove."""
+    manifest = manifest_of(output)
+    there = {*manifest.streams} if manifest else set()
+    names = {*settings.streams, *there} if settings.rebuild else {*settings.streams} - there
+    if (work / "plan.json").exists():
+        plan = load_plan(work)
+        names |= {*plan.clearing, *plan.build_settings.streams} if settings.rebuild else {*plan.clearing} - there
+    return names | {*being_removed(work)}
 
 
 def executor_for(settings: BuildSettings) -> Executor:
@@ -131,9 +160,11 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
     if manifest is not None:
         common = shared(manifest, settings, encoder)
         if common and not changes(*common, encoder):
+            check_small_files(manifest, output)
             base, gone, settings = manifest, unnamed(manifest, settings), missing(manifest, settings)
             if not settings.streams:
-                say(f"{settings.output} is finished: nothing {'more to build' if gone else 'to do'}")
+                todo = f"nothing {'more to build' if gone else 'to do'}"
+                say(f"{settings.output} is finished: {todo} ({CHECKED.format(one_line(settings.output))})")
                 return Found(State.FINISHED, manifest, None, settings, base, gone)
             manifest = None
         elif not settings.rebuild:
@@ -175,18 +206,29 @@ def begin(found: Found, work: Path, output: Output, encoder: Encoder) -> BuildPl
     return plan
 
 
-def cleared(plan: BuildPlan, work: Path, output: Output, base: Manifest | None) -> BuildPlan:
-    """The plan once what it replaces is removed, but for what is of `base`. Until then it names those streams."""
+def replace_older(found: Found, work: Path, output: Output) -> Manifest | None:
+    """Let go what the output holds that is to go; returns the manifest that is left.
+
+    Raises `UserError` where it is not what was found any more.
+    """
+    if found.state is State.REPLACING and found.manifest:
+        output.remove_manifest(found.manifest)
+    return remove_streams(found.gone, work, output) if found.gone else manifest_of(output)
+
+
+def cleared(plan: BuildPlan, work: Path, output: Output, manifest: Manifest | None) -> BuildPlan:
+    """The plan once what it replaces is removed, but for what `manifest` names. Until then it names those streams."""
     if not plan.clearing:
         return plan
-    kept = base.streams if base else {}
-    output.clear([name for name in plan.clearing if name not in kept], finished=base is not None)
+    kept = manifest.streams if manifest else {}
+    output.clear([name for name in plan.clearing if name not in kept])
     for parts in work.glob(f"{PARTS}*"):
         for folder in [path for path in parts.glob("*/*") if path.is_dir()]:
             if folder.parent.name.removesuffix(EVAL) in kept:
                 continue
-            for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
-                output.delete_shard(key)
+            with left_alone(folder):
+                for key in part_state.all_shard_keys(folder.parent.name, part_state.load(folder)):
+                    output.delete_shard(key)
         shutil.rmtree(parts)
     plan = replace(plan, clearing=[])
     plan.write(work)

@@ -5,7 +5,10 @@ it leave tokens: parts run ahead with what is certainly enough, and one that too
 exact number, so the result does not depend on who ran when.
 """
 
+import json
 import time
+from contextlib import suppress
+from heapq import heappop, heappush
 from pathlib import Path
 
 from chimera.cli import UserError, progress, say
@@ -13,12 +16,23 @@ from chimera.convert.build import part_state
 from chimera.convert.build.executor import CRASHED, Event, Executor, Task
 from chimera.convert.build.last_rows import begun
 from chimera.convert.build.part import Progress
+from chimera.convert.build.part_lock import at_work
 from chimera.convert.build.part_state import PartState, fits
 from chimera.convert.build.plan import StreamPlan
+from chimera.files import write_whole
 from chimera.text import amount
 
 LONGEST_WAIT = 10.0  # seconds: a signal that comes in the moment before a wait is heard after it
+START = "start.json"  # in the work folder: where each stream was when the builder started, and by its time, when
+AGAIN = 3.0  # seconds until a part that another process is at is looked at again
 MAX_LOSSES = 3  # times in a row one part may lose its worker without a commit in between
+
+
+def started(work: Path) -> str | None:
+    """The id of the plan whose parts a builder has begun to take."""
+    with suppress(FileNotFoundError):
+        return str(json.loads((work / START).read_bytes())["build"])
+    return None
 
 
 class StreamRun:
@@ -32,9 +46,12 @@ class StreamRun:
         self._done: dict[int, PartState] = {}  # parts that ended but wait for those before them
         self._failed: dict[int, UserError] = {}  # parts ahead that failed, and may turn out not to be wanted
         self._running: set[int] = set()
+        self._busy: dict[int, float] = {}  # parts that another process is at, and when to look again
+        plan.part_folder(work, 0).parent.mkdir(parents=True, exist_ok=True)  # which no worker makes anew
         found = [self.committed(index) for index in range(len(plan.parts))]
         self.bar = _Bar(plan, found)
         self._done.update({index: state for index, state in enumerate(found) if state.done})
+        self._open = [index for index, state in enumerate(found) if not state.done]  # a heap of those to start
         self._settle()
 
     @property
@@ -46,35 +63,36 @@ class StreamRun:
         """Train tokens the parts after the accepted ones may add; `None`: any number."""
         return None if self._budget is None else max(0, self._budget - self._tokens)
 
+    @property
+    def waits(self) -> bool:
+        """Whether parts are wanted that another process is at."""
+        return bool(self._busy) and not self.finished
+
     def urgency(self) -> int | None:
         """The priority of this stream's next part (0: the highest), or `None` when none is to be started.
 
         A stream's first part is wanted for certain, and so are all where no limit is set; of a limited stream the
         parts ahead may turn out to be too many, the more so the more of them run.
         """
-        index = self._next()
-        if index is None:
+        if self.finished or not self._open:
             return None
-        return 0 if index == len(self.accepted) else 1 if self._budget is None else 1 + len(self._running)
+        first = self._open[0] == len(self.accepted)
+        return 0 if first else 1 if self._budget is None else 1 + len(self._running)
 
-    def next_task(self) -> Task:
-        """The next part, from now on running."""
-        index = self._next()
-        assert index is not None
-        self._running.add(index)
+    def next_task(self) -> Task | None:
+        """The next part, from now on running; `None` where another process has done it meanwhile."""
+        index = heappop(self._open)
         state = self.committed(index)
+        if state.done and fits(state, self._left):
+            self.done(index)
+            return None
+        self._running.add(index)
         self.bar.at(index, state if fits(state, self._left) else PartState())  # what it goes on from
-        return Task(self.plan.name, index, self._left)
+        return Task(self.plan.name, index, self._left, self.plan.build)
 
     def committed(self, index: int) -> PartState:
         """The state of a part at its last commit."""
         return part_state.load(self.plan.part_folder(self._work, index))
-
-    def _next(self) -> int | None:
-        first = len(self.accepted)
-        wanted = range(first, 0 if self.finished else len(self.plan.parts))
-        taken = self._done.keys() | self._failed.keys() | self._running
-        return next((i for i in wanted if i not in taken), None)
 
     def done(self, index: int) -> None:
         self._running.discard(index)
@@ -94,6 +112,23 @@ class StreamRun:
 
     def lost(self, index: int) -> None:
         self._running.discard(index)
+        heappush(self._open, index)
+
+    def busy(self, index: int) -> None:
+        """Pass a part over that another process is at, until `look_again` finds it done or let go."""
+        self._running.discard(index)
+        self._busy[index] = time.monotonic() + AGAIN
+
+    def look_again(self) -> None:
+        """See what became of parts that other processes were at."""
+        now = time.monotonic()
+        for index in [index for index, due in self._busy.items() if due <= now]:
+            if at_work(self.plan.part_folder(self._work, index)):
+                self.bar.at(index, self.committed(index))
+                self._busy[index] = now + AGAIN
+            else:
+                del self._busy[index]
+                heappush(self._open, index)
 
     def _settle(self) -> None:
         """Accept ended parts in order, as far as they hold what is wanted of them.
@@ -103,7 +138,8 @@ class StreamRun:
         while self._left != 0 and len(self.accepted) in self._done:
             state = self._done.pop(len(self.accepted))
             if not fits(state, self._left):
-                return  # to be done anew: `next_task` finds it missing
+                heappush(self._open, len(self.accepted))  # to be done anew
+                return
             self.accepted.append(state)
             self._tokens += state.splits["train"].tokens
             self.bar.accept()
@@ -119,6 +155,10 @@ class Dispatcher:
         self._work, self._stall_after = work, stall_after
         self._heard: dict[Task, float] = {}  # running tasks, when each last moved
         self._losses: dict[tuple[str, int], tuple[int, PartState]] = {}  # in a row, at the same commit
+        self._said = False  # that other processes are at parts
+        places = {name: run.bar.place() for name, run in self.runs.items()}
+        build = next((run.plan.build for run in self.runs.values()), "")
+        write_whole(work / START, json.dumps({"build": build, "streams": places}).encode())
 
     def run(self, executor: Executor) -> dict[str, list[PartState]]:
         """The states of each stream's parts once all are done.
@@ -129,7 +169,10 @@ class Dispatcher:
             while True:
                 self._fill(executor)
                 if not self._heard:
-                    break
+                    if not any(run.waits for run in self.runs.values()):
+                        break
+                    time.sleep(AGAIN)  # all that is left is done elsewhere
+                    continue
                 patience = min(self._heard.values()) + self._stall_after - time.monotonic()
                 for event in executor.wait(min(max(0.0, patience), LONGEST_WAIT)):
                     if event.task in self._heard:
@@ -143,13 +186,16 @@ class Dispatcher:
         return {name: run.accepted for name, run in self.runs.items()}
 
     def _fill(self, executor: Executor) -> None:
+        for run in self.runs.values():
+            run.look_again()
         while len(self._heard) < executor.slots:
             waiting = [(urgency, run) for run in self.runs.values() if (urgency := run.urgency()) is not None]
             if not waiting:
                 return
             task = min(waiting, key=lambda found: found[0])[1].next_task()
-            executor.start(task)
-            self._heard[task] = time.monotonic()
+            if task:
+                executor.start(task)
+                self._heard[task] = time.monotonic()
 
     def _handle(self, executor: Executor, event: Event) -> None:
         task, run = event.task, self.runs[event.task.stream]
@@ -158,6 +204,12 @@ class Dispatcher:
             run.bar.moved(task.part, event.payload)
             return
         del self._heard[task]
+        if event.kind == "busy":
+            run.busy(task.part)
+            if not self._said:
+                say(f"{task.stream}: another process is at part {task.part}: such parts are passed over meanwhile")
+            self._said = True
+            return
         if event.kind == "failed":
             run.failed(task.part, event.payload)
             return
@@ -208,7 +260,7 @@ class _Bar:
         self._tokens = [state.splits["train"].tokens for state in states]
         self._bytes = [self._read(part, state) for part, state in enumerate(states)]
         total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
-        self._bar = progress(total, unit, plan.name, initial=self._place())
+        self._bar = progress(total, unit, plan.name, initial=self.place())
 
     def at(self, part: int, state: PartState) -> None:
         """A part is where `state` says."""
@@ -234,10 +286,11 @@ class _Bar:
         """Bytes of a part; what rows did not account for (headers, other columns) counts at its end."""
         return self._sizes[part] if state.done else state.bytes
 
-    def _place(self) -> float:
+    def place(self) -> float:
+        """How far the stream is, in the bar's unit."""
         if self._budget is None:
             return min(sum(self._bytes), sum(self._sizes))
         return min(sum(self._tokens[: self._accepted + 1]), self._budget)
 
     def _show(self) -> None:
-        self._bar.update(self._place() - self._bar.n)
+        self._bar.update(self.place() - self._bar.n)

@@ -20,6 +20,7 @@ from typing import Any
 
 from chimera.cli import FULL, REFUSED, UserError
 from chimera.convert.build.part import Progress, Report, run_part
+from chimera.convert.build.part_lock import Busy
 from chimera.convert.settings import cores
 
 EVERY = 0.25  # seconds between a part's reports, or a fast one would keep the builder busy
@@ -28,16 +29,21 @@ CRASHED = "it was ended by"  # and a signal's name: how a worker is lost, but no
 
 @dataclass(frozen=True)
 class Task:
-    """A part to do; `limit` is the train tokens it may hold."""
+    """A part to do, under the plan whose id is `build`; `limit` is the train tokens it may hold."""
 
     stream: str
     part: int
     limit: int | None
+    build: str | None = None
 
 
 @dataclass(frozen=True)
 class Event:
-    """`progress` (payload: Progress), `done`, `failed` (payload: an exception to raise) or `lost` (payload: how)."""
+    """What became of a task.
+
+    `progress` (payload: Progress), `done`, `busy` (another process is at the part), `failed` (payload: an exception to
+    raise) or `lost` (payload: how).
+    """
 
     kind: str
     task: Task
@@ -215,9 +221,12 @@ def _work(conn: Any, work: Path) -> None:
     """The life of a local worker: tasks in, events out, until the builder is gone."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while task := conn.recv():
+        report = seldom(lambda moved: conn.send(("progress", moved)))
         try:
-            run_part(work, task.stream, task.part, task.limit, seldom(lambda moved: conn.send(("progress", moved))))
+            run_part(work, task.stream, task.part, task.limit, report, task.build)
             conn.send(("done", None))
+        except Busy:
+            conn.send(("busy", None))
         except BaseException as error:  # a panic of a library in Rust is no `Exception`
             conn.send(("failed", failure(error, work)))
 

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 from chimera.cli import UserError, say
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
+from chimera.convert.encode.encoding import Encoder
 from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import Position, Wanted
 from chimera.convert.read.sources import Part, rows
 from chimera.convert.settings import StreamSettings
 from chimera.limits import Limits
 from chimera.text import one_line
+from chimera.tokenizer_file import gave_up
 
 SAMPLE_DOCUMENTS = 64  # of a stream's head, on which the fast encoder must agree with the slow one
 SAMPLE_BYTES = 1 << 20
@@ -113,3 +115,14 @@ def _values(opened: Head, limits: Limits) -> Iterator[Any]:
             for row in islice(rows(span, opened.column, Position(), limits), 8 * SAMPLE_DOCUMENTS):
                 if row.value is not None:
                     yield row.value
+
+
+def encodes(encoder: Encoder, document: Document) -> bool:
+    """Whether the tokenizer does not fail on a row's documents."""
+    try:
+        encoder.encode([document, *document.more])
+    except BaseException as error:
+        if not gave_up(error):
+            raise
+        return False
+    return True

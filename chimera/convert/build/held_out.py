@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chimera.cli import UserError
 from chimera.convert.build.batches import text_digest
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
@@ -17,11 +18,11 @@ from chimera.convert.read.reading import Position, Wanted
 from chimera.convert.read.sources import Part, rows
 from chimera.files import write_whole
 from chimera.limits import Limits
-from chimera.mds import Array
+from chimera.mds import Array, digest
 
 
-def write_digests(file: Path, parts: Iterable[Part], column: Wanted, reader: DocumentReader, limits: Limits) -> None:
-    """Make `file` hold the digests of the documents of a validation set; all of its rows are read."""
+def write_digests(file: Path, parts: Iterable[Part], column: Wanted, reader: DocumentReader, limits: Limits) -> str:
+    """Make `file` hold the digests of the documents of a validation set, all of whose rows are read; its SHA-256."""
     found = set()
     for span in (span for part in parts for span in part.spans):
         for row in rows(span, column, Position(), limits):
@@ -31,6 +32,7 @@ def write_digests(file: Path, parts: Iterable[Part], column: Wanted, reader: Doc
     buffer = io.BytesIO()
     np.save(buffer, np.array(sorted(found), np.uint64))
     write_whole(file, buffer.getvalue())
+    return digest("sha256", buffer.getvalue())
 
 
 class HeldOut:
@@ -40,9 +42,15 @@ class HeldOut:
         self._digests = digests
 
     @classmethod
-    def read(cls, file: Path | None) -> "HeldOut":
-        """What `write_digests` wrote; `None`: the stream has no validation set of its own."""
-        return cls(np.zeros(0, np.uint64) if file is None else np.load(file))
+    def read(cls, file: Path, sha256: str | None) -> "HeldOut":
+        """What `write_digests` wrote.
+
+        Raises `UserError` where the file's hash is not `sha256` (`None`: an earlier version kept none).
+        """
+        data = file.read_bytes()
+        if sha256 not in (None, digest("sha256", data)):
+            raise UserError(f"{file} is damaged (its hash is not the plan's): remove {file.parent} and build again")
+        return cls(np.load(io.BytesIO(data)))
 
     def __contains__(self, document: Document) -> bool:
         if not len(self._digests):

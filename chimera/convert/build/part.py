@@ -25,10 +25,10 @@ from chimera.convert.build.batches import (
     in_eval,
     overlapping,
 )
-from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.last_rows import LastRows
+from chimera.convert.build.part_lock import held_part
 from chimera.convert.build.part_state import all_shard_keys, fits
-from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_file, load_plan, reader_of, sample_file
+from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_of, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
 from chimera.convert.build.store import Uploader, worker_store
 from chimera.convert.encode.document import Document
@@ -38,7 +38,6 @@ from chimera.convert.pack.packing import Packer
 from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import CorruptFile, Position, Row, reject_line
 from chimera.convert.read.sources import rows
-from chimera.files import lock_file
 from chimera.mds import SPLITS, Array
 from chimera.objects import Objects
 from chimera.tokenizer_file import gave_up
@@ -56,18 +55,17 @@ Report = Callable[[Progress], None]
 HELD_OUT = Dropped("filtered", "in_eval_sources")
 
 
-def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report) -> None:
+def run_part(work: Path, stream: str, index: int, limit: int | None, report: Report, build: str | None = None) -> None:
     """Bring a part to its end, from wherever an earlier run left it.
 
     `limit` is the train tokens the part may hold: it ends after the document that reaches it. A part that has more
-    already is done anew, and so is one that holds rows of a file that turned out damaged. Raises `UserError` for a
-    damaged source, `OSError` for the disk.
+    already is done anew, and so is one that holds rows of a file that turned out damaged. Raises what `held_part` does,
+    `UserError` for a damaged source, `OSError` for the disk.
     """
-    plan = load_plan(work)
-    settings, folder = plan.build_settings, plan.streams[stream].part_folder(work, index)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file(folder.with_suffix(".lock"), wait=True):
-        state = part_state.load(folder)
+    with held_part(work, stream, index, build) as (plan, folder):
+        state, settings = part_state.load(folder), plan.build_settings
+        if state.done and fits(state, limit):
+            return
         store = worker_store(settings.output, settings.retries) if settings.remote else None
         if not fits(state, limit):
             _remove(folder, stream, store)
@@ -76,8 +74,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
         encoder = encoder_of(work, plan, stream)
         try:
             with _Part(work, plan, stream, index, encoder, store) as part:
-                if not part.state.done:
-                    part.run(limit, report)
+                part.run(limit, report)
         except CorruptFile:  # once the file is fixed, nothing that came of the damage may count
             _remove(folder, stream, store)
             sample_file(work, stream).unlink(missing_ok=True)  # of what planning read of it
@@ -101,7 +98,7 @@ class _Part:
         self.part, self.name = self.plan.parts[index], f"{index:05d}"
         self.encoder = encoder
         self.reader = reader_of(self.build, self.plan, encoder)
-        self.held_out = HeldOut.read(held_out_file(work, stream) if self.plan.split == "train" else None)
+        self.held_out = held_out_of(work, plan, stream)
         self.eval_fraction = {"train": 0.0, "eval": 1.0}.get(str(self.plan.split), self.build.eval_fraction)
         self.shard_format = plan.shard_format(stream)
         self.state = part_state.load(folder)
@@ -267,6 +264,7 @@ class _Part:
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
         if isinstance(row.raw, bytes):
             self.rejects.write(row.raw)
+            part_state.note_reject(self.state, row.raw)
 
     def _reject_line(self, span: int, row: Row, dropped: Dropped) -> bytes | None:
         if dropped.kind == "filtered":

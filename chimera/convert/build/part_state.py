@@ -20,10 +20,9 @@ first line: until then a kill leaves the part where that file has it.
 import io
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from chimera.cli import UserError
-from chimera.files import lock_file, write_whole
+from chimera.files import write_whole
 from chimera.mds import SPLITS, Array, Json, file_of
 
 COMMITS, OLD_STATE = "commits.jsonl", "state.npz"
@@ -74,6 +73,7 @@ class PartState:
     rejected: dict[str, int] = field(default_factory=dict)
     counted: dict[str, dict[str, int]] = field(default_factory=dict)  # of what, then by name: see `count`
     reject_bytes: int = 0
+    reject_crc: int | None = 0  # of these bytes; None: of a part that an earlier version began
     lines: list[int] = field(default_factory=list)  # physical lines (rows) passed in each span so far
     max_token_id: int = -1
     splits: dict[str, SplitState] = field(default_factory=lambda: {name: SplitState() for name in SPLITS})
@@ -198,6 +198,25 @@ def clean(folder: Path, state: PartState) -> None:
         if out.tell() < state.reject_bytes:
             raise UserError(f"{out.name} is shorter than it was: remove {folder} and run the same command again")
         out.truncate(state.reject_bytes)
+    check_rejects(folder, state)
+
+
+def note_reject(state: PartState, line: bytes) -> None:
+    """Count a line that is written to the reject file of a part."""
+    if state.reject_crc is not None:
+        state.reject_crc = zlib.crc32(line, state.reject_crc)
+
+
+def check_rejects(folder: Path, state: PartState) -> None:
+    """Raise `UserError` where the reject file of a part is not as it was when it was committed."""
+    if state.reject_crc is None:
+        return
+    found, left = 0, state.reject_bytes
+    with open(folder / "rejects.jsonl", "rb") as file:
+        while left and (piece := file.read(min(left, 1 << 20))):
+            found, left = zlib.crc32(piece, found), left - len(piece)
+    if left or found != state.reject_crc:
+        raise UserError(f"{file.name} is damaged: remove {folder} and run the same command again")
 
 
 def _waiting(state: PartState) -> str:
@@ -213,7 +232,8 @@ def _whole(line: bytes) -> bool:
 
 
 def _state(values: Json) -> PartState:
-    return PartState(**{**values, "splits": {name: SplitState(**split) for name, split in values["splits"].items()}})
+    splits = {name: SplitState(**split) for name, split in values["splits"].items()}
+    return PartState(**{"reject_crc": None, **values, "splits": splits})
 
 
 def _arrays(file: Path) -> dict[str, Array]:
@@ -230,29 +250,3 @@ def _damage(folder: Path, name: str) -> Iterator[None]:
         FileNotFoundError, BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error
     ) as error:  # fmt: skip
         raise UserError(f"{folder}/{name} is damaged ({error}): remove {folder} and run the command again") from None
-
-
-@contextmanager
-def lock_of(work: Path) -> Iterator[bool]:
-    """Hold the work folder, made if need be and removed if it ends empty; yields whether nobody else did."""
-    work.mkdir(parents=True, exist_ok=True)
-    lock = work / "lock"
-    try:
-        with lock_file(lock, wait=False) as free:
-            try:
-                yield free
-            finally:
-                if free and [*work.iterdir()] == [lock]:
-                    lock.unlink()
-    finally:
-        with suppress(OSError):  # it holds work; or it is a link
-            work.rmdir()
-
-
-def empty(work: Path) -> None:
-    """Remove what the work folder holds, but for its lock, which `lock_of` removes."""
-    for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()

@@ -5,33 +5,28 @@ revision, and all workers read the same settings, parts and tokenizer.
 """
 
 import json
-import secrets
+import os
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from chimera.cli import UserError, say
-from chimera.convert.build.head import sample_of
-from chimera.convert.build.held_out import write_digests
+from chimera.convert.build.held_out import HeldOut
 from chimera.convert.build.part_state import EVAL
-from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.encoding import Encoder
-from chimera.convert.encode.probe import chats_of, probed
-from chimera.convert.encode.proof import prove_sample
-from chimera.convert.encode.proof_lines import proof_of
+from chimera.convert.encode.probe import chats_of
 from chimera.convert.read.reading import Span, Wanted
-from chimera.convert.read.sources import Part, open_source
-from chimera.convert.settings import BuildSettings, StreamSettings, TokenizerSettings, identity, running_settings
+from chimera.convert.read.sources import Part
+from chimera.convert.settings import BuildSettings, StreamSettings, TokenizerSettings
 from chimera.files import write_whole
 from chimera.manifest import ChatTemplate, EncoderPath, Source, Tokenizer
-from chimera.mds import Json, ShardFormat
+from chimera.mds import Json, ShardFormat, digest
 from chimera.text import one_line
-from chimera.tokenizer_file import gave_up
 
 PARTS = "parts-"  # with a plan's id: the folder of its parts
 
@@ -52,6 +47,8 @@ class StreamPlan:
     encoder: EncoderPath
     template: ChatTemplate | None = None
     split: str | None = None  # that all its documents go to; None: their content decides
+    proof: str | None = None  # SHA-256 of its sample's file; None: planned by an earlier version
+    held_out: str | None = None  # likewise of the digests, where it is a validation set
 
     def part_folder(self, work: Path, index: int) -> Path:
         """Where a part lies until it is published."""
@@ -96,29 +93,45 @@ class BuildPlan:
                     "parts": [[asdict(span) for span in part.spans] for part in stream.parts],
                     "encoder": stream.encoder.model_dump(),
                     "template": stream.template and stream.template.model_dump(),
+                    "proof": stream.proof,
+                    "held_out": stream.held_out,
                 }
                 for name, stream in self.streams.items()
             },
         }
         if self.clearing:
             value["clearing"] = self.clearing
+        value["sha256"] = _sum_of(value)
         write_whole(work / "plan.json", json.dumps(value, sort_keys=True).encode())
 
 
 def load_plan(work: Path) -> BuildPlan:
     """The plan in a work folder, as every worker sees it. Raises `UserError` for a damaged one."""
-    data = (work / "plan.json").read_bytes()
+    with open(work / "plan.json", "rb") as file:
+        found = os.fstat(file.fileno())
     try:
-        return _parse(data)
+        return _parse(work / "plan.json", (found.st_ino, found.st_mtime_ns, found.st_size))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{work}/plan.json is damaged ({one_line(error)[:200]}): remove {work} and build again"
         ) from None
 
 
+def _sum_of(value: Json) -> str:
+    """The hash of a plan as JSON, without the hash it holds."""
+    return digest("sha256", json.dumps(value, sort_keys=True).encode())
+
+
 @lru_cache(maxsize=2)
-def _parse(data: bytes) -> BuildPlan:
-    value = json.loads(data)
+def _parse(path: Path, stamp: tuple[int, ...]) -> BuildPlan:
+    """The plan in a file that is read anew, for hours, only when its `stamp` is another."""
+    del stamp
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if value.pop("sha256", None) not in (None, _sum_of(value)):  # None: of an earlier version
+        raise ValueError("its hash is not that of its bytes")
     streams = BuildSettings.model_validate(value["running"]).streams
     settings = {name: planned_settings(streams, name) for name in value["streams"]}
     return BuildPlan(
@@ -138,6 +151,8 @@ def _parse(data: bytes) -> BuildPlan:
                 EncoderPath.model_validate(stream["encoder"]),
                 ChatTemplate.model_validate(stream["template"]) if stream.get("template") else None,
                 settings[name][1],
+                stream.get("proof"),
+                stream.get("held_out"),
             )
             for name, stream in value["streams"].items()
         },
@@ -162,9 +177,24 @@ def held_out_file(work: Path, stream: str) -> Path:
     return work / f"held-out-{stream}.npy"
 
 
+def held_out_of(work: Path, plan: BuildPlan, stream: str) -> HeldOut:
+    """What a stream's training rows are compared with. Raises `UserError` where it is damaged."""
+    if plan.streams[stream].split != "train":
+        return HeldOut(np.zeros(0, np.uint64))
+    return HeldOut.read(held_out_file(work, stream), plan.streams[f"{stream}{EVAL}"].held_out)
+
+
 def sample_file(work: Path, stream: str) -> Path:
     """Where a stream's proof lies until it is published."""
     return work / f"proof-{stream}.jsonl.zst"
+
+
+def tokenizer_copy(work: Path, plan: BuildPlan) -> bytes:
+    """The build's own copy of the tokenizer. Raises `UserError` where it is another."""
+    data = (work / "tokenizer.json").read_bytes()
+    if digest("sha256", data) != plan.tokenizer.digest:
+        raise UserError(f"{work}/tokenizer.json is not the tokenizer of the build: remove {work} and build again")
+    return data
 
 
 def encoder_of(work: Path, plan: BuildPlan, stream: str) -> Encoder:
@@ -195,105 +225,12 @@ def encoder_for(stream: StreamPlan, encoder: Encoder) -> Encoder:
     return mine
 
 
-def encodes(encoder: Encoder, document: Document) -> bool:
-    """Whether the tokenizer does not fail on a row's documents."""
-    try:
-        encoder.encode([document, *document.more])
-    except BaseException as error:
-        if not gave_up(error):
-            raise
-        return False
-    return True
-
-
 def reader_of(settings: BuildSettings, stream: StreamPlan, encoder: Encoder) -> DocumentReader:
     """What reads the rows of a stream as planned."""
     chats = chats_of(settings, stream.template, encoder) if stream.template else None
     return DocumentReader(stream.settings, encoder.special_ids, stream.column or "", chats)
 
 
-def make_plan(settings: BuildSettings, work: Path, older: set[str], encoder: Encoder) -> BuildPlan:
-    """What every stream reads and how, from opening its source. Raises `UserError` where one does not open.
-
-    `older` are streams of builds that this one replaces, `encoder` is of the settings' tokenizer.
-    """
-    name, streams = secrets.token_hex(8), {}
-    for stream, given in settings.streams.items():
-        streams[stream] = plan_stream(name, stream, settings, work, encoder)
-        if given.sources and given.eval_sources:
-            held_out, template = f"{stream}{EVAL}", streams[stream].template
-            streams[held_out] = plan_stream(name, held_out, settings, work, encoder, template)
-    tokenizer = Tokenizer(
-        digest=encoder.digest,
-        vocab_size=encoder.vocab_size,
-        eos_token=settings.tokenizer.eos_token,
-        eos_id=encoder.eos_id,
-        pad_token=settings.tokenizer.pad_token,
-        pad_id=encoder.pad_id,
-        bos=text_bos(settings, encoder),
-    )
-    return BuildPlan(
-        name,
-        identity(settings),
-        running_settings(settings),
-        tokenizer,
-        np.dtype(encoder.dtype).name,
-        streams,
-        sorted(older | settings.streams.keys()),
-    )
-
-
 def text_bos(settings: BuildSettings, encoder: Encoder) -> list[int]:
     """The ids that each text of a build begins with; none where no stream is of texts."""
     return list(encoder.bos) if any(stream.format == "text" for stream in settings.streams.values()) else []
-
-
-def plan_stream(
-    build: str,
-    name: str,
-    settings: BuildSettings,
-    work: Path,
-    encoder: Encoder,
-    template: ChatTemplate | None = None,
-) -> StreamPlan:
-    """What one stream reads and how: by `encoder`, off its fast path where that gives other ids on a sample.
-
-    `template`: what the stream's own validation set is rendered by; None: found out here.
-    """
-    (stream, split), where = planned_settings(settings.streams, name), f"streams.{name}"
-    opened = open_source(name, stream, settings, work)
-    template = template or probed(name, stream, settings, encoder)
-    source = Source(index=opened.index, describe=opened.describe, passed_over=opened.passed_over)
-    path = EncoderPath(path=encoder.path, reason=encoder.reason)
-    plan = StreamPlan(build, name, stream, source, opened.column, opened.parts, path, template, split)
-    mine = encoder_for(plan, encoder)
-    if stream.format == "chatml":
-        mine.check_chat(where)
-    reader = reader_of(settings, plan, mine)
-    sample = sample_of(where, stream, opened, reader, settings.limits(work))
-    if name.endswith(EVAL):
-        file = held_out_file(work, name.removesuffix(EVAL))
-        write_digests(file, opened.parts, opened.column, reader, settings.limits(work))
-
-    def proven() -> tuple[str, bytes]:
-        mine.verify_sample(sample.texts)
-        rows, documents = sample.rows, sample.documents
-        words = (
-            prove_sample(where, rows, documents, reader, mine, settings.tokenizer) if stream.format != "text" else ""
-        )
-        return words, proof_of(rows, documents, reader, mine)
-
-    try:
-        words, proof = proven()
-    except BaseException as error:
-        if not gave_up(error):
-            raise
-        sample.keep(partial(encodes, mine))  # the build rejects those rows
-        words, proof = proven()
-    if sample.shapes:
-        say(f"{name}: conversations in {' and '.join(f'`{shape}`' for shape in sorted(sample.shapes))}")
-    say(f"{name}: encoder {mine.path} ({mine.reason})")
-    if words:
-        say(f"{name}: {words}")
-    write_whole(sample_file(work, name), proof)
-    return replace(plan, encoder=EncoderPath(path=mine.path, reason=mine.reason))

@@ -15,9 +15,9 @@ import zstandard
 from chimera.cli import UserError
 from chimera.convert.build import part_state
 from chimera.convert.build.growth import merged
-from chimera.convert.build.outputs import Output
+from chimera.convert.build.outputs import Output, update_manifest
 from chimera.convert.build.part_state import EVAL, PartState, all_shard_keys, shard_keys
-from chimera.convert.build.plan import BuildPlan, StreamPlan
+from chimera.convert.build.plan import BuildPlan, StreamPlan, tokenizer_copy
 from chimera.convert.build.proofs import proof
 from chimera.convert.read.sources import changed_files
 from chimera.manifest import Manifest, Rows, Split, Stream
@@ -27,15 +27,14 @@ from chimera.proof_file import name_of
 Found = TypeVar("Found")
 
 
-def publish(
-    plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output, base: Manifest | None = None
-) -> Manifest:
-    """Bring everything to the output; returns the manifest, with the streams of `base` that are there already."""
+def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, output: Output) -> Manifest:
+    """Bring everything to the output; returns the manifest, with the streams that are there already."""
     check_sources(plan)
+    tokenizer = tokenizer_copy(work, plan)
     proofs = {name: proof(plan, name, work) for name in parts if not name.endswith(EVAL)}
-    manifest = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
-    check_sums(manifest)
-    check_streams(manifest, plan, work)
+    built = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
+    check_sums(built)
+    check_streams(built, plan, work)
     _publish_shards(plan, parts, work, output)
     for name in proofs:
         for key, stream in _of_stream(plan.streams, name).items():
@@ -50,11 +49,9 @@ def publish(
             output.remove_stale(f"{name}/{split}", [file_of(entry)["basename"] for entry in entries])
         output.put(collect_rejects(plan, name, parts, work), f"rejects/{name}.jsonl.zst")
         output.write(name_of(name), proofs[name])
-    output.write("tokenizer/tokenizer.json", (work / "tokenizer.json").read_bytes())
-    manifest = merged(base, manifest)
-    output.check_lease()
-    output.write("manifest.json", manifest.as_bytes())
-    output.release_lease()
+    output.write("tokenizer/tokenizer.json", tokenizer)
+    manifest = update_manifest(output, lambda found: merged(found, built, output))
+    output.release()
     return manifest
 
 
@@ -209,12 +206,15 @@ def collect_rejects(plan: BuildPlan, name: str, parts: dict[str, list[PartState]
         packed = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(out, closefd=False)
         streams = _of_stream(plan.streams, name)
         for stream, index, state in ((streams[key], *each) for key in streams for each in enumerate(parts[key])):
+            part_state.check_rejects(stream.part_folder(work, index), state)
             bases = []
             for span, lines in zip(stream.parts[index].spans, state.lines, strict=False):
                 bases.append(lines_before.get(span.file, 0))
                 lines_before[span.file] = bases[-1] + lines
+            left = state.reject_bytes
             with open(stream.part_folder(work, index) / "rejects.jsonl", "rb") as file:
-                for line in file:
+                while left > 0 and (line := file.readline()):
+                    left -= len(line)
                     place, _, text = line.partition(b" ")
                     reject = json.loads(text)
                     if "line" in reject:

@@ -15,6 +15,7 @@ from typing import Any
 from chimera.cli import UserError
 from chimera.convert.build.executor import Event, Executor, Task, failure, seldom
 from chimera.convert.build.part import Progress, run_part
+from chimera.convert.build.part_lock import Busy
 from chimera.convert.settings import BuildSettings
 from chimera.text import one_line
 from chimera.versions import install
@@ -45,7 +46,9 @@ def run_task(work: Path, task: Task, progress: Any) -> Exception | None:
             raise UserError(
                 f"{work} is not there on node {os.uname().nodename}: set `work` to a folder all nodes share"
             )
-        run_part(work, task.stream, task.part, task.limit, report)
+        run_part(work, task.stream, task.part, task.limit, report, task.build)
+    except Busy as busy:
+        return busy
     except Exception as error:
         return failure(error, work)
     return None
@@ -114,7 +117,8 @@ class RayExecutor(Executor):
             except self._ray.exceptions.RayError as lost:
                 events.append(Event("lost", task, f"{type(lost).__name__}: {_say(lost)}"))
                 continue
-            events.append(Event("done", task) if error is None else Event("failed", task, error))
+            kind = "done" if error is None else "busy" if isinstance(error, Busy) else "failed"
+            events.append(Event(kind, task, error))
         return events
 
     def cancel(self, task: Task) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from chimera.cli import UserError
-from chimera.convert.build.plan import StreamPlan, encoder_for, encodes, plan_stream, reader_of
+from chimera.convert.build.head import encodes
+from chimera.convert.build.plan import StreamPlan, encoder_for, reader_of
+from chimera.convert.build.planner import plan_stream
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.too_long import Fitted, fitted

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from chimera.cli import UserError
 from chimera.convert.build.part_state import SplitState
 from chimera.convert.build.store import Uploader
 from chimera.convert.pack.packing import Packer
-from chimera.mds import Array, ShardFormat, file_of, write_shard
+from chimera.mds import Array, ShardFormat, file_of, is_whole, write_shard
 
 SLICE = 1 << 22  # tokens of a longer document that are packed at a time
 
@@ -83,10 +84,13 @@ class ShardWriter:
         return True
 
     def send(self, uploader: Uploader, stream: str) -> None:
-        """Hand the shards that are still here to the uploader, each once."""
+        """Hand the shards that are still here to the uploader, each once. Raises `UserError` for a damaged one."""
         for entry in self.state.shards[self.sent :]:
             file = self.folder / file_of(entry)["basename"]
             if file.exists():
+                if not is_whole(entry, file.read_bytes()):
+                    part = self.folder.parent
+                    raise UserError(f"{file} is damaged: remove {part} and run the same command again")
                 uploader.upload(file, f"{stream}/{self.folder.name}/{file.name}")
         self.sent = len(self.state.shards)
 

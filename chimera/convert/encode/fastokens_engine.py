@@ -58,13 +58,13 @@ def fastokens_encoder(
         if token["content"] in plain
     ]
     bare = {**spec, "added_tokens": found, "post_processor": None, "truncation": None, "padding": None}
-    engine = f"{VERSION}, all characters and tokens compared with tokenizers {tokenizers.__version__}"
+    engine = f"fastokens {VERSION}, tokenizers {tokenizers.__version__}"  # what was compared is kept by
     unsure = sweep.unsure_characters(bare, lambda json_spec: encoder_of(native, json_spec), engine)
     raw = json.dumps(bare)
     encode = encoder_of(native, raw)
     sweep.check_vocabulary(raw, encode, engine, loaded, unsure)
     but = "".join(f", which gets texts with U+{ord(character):04X}" for character in unsure)
-    return encode, unsure, f"{engine}{but}"
+    return encode, unsure, f"{VERSION}, all characters and tokens compared with tokenizers{but}"
 
 
 def native_class() -> Any:

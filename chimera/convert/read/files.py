@@ -160,7 +160,7 @@ def _globs(folder: str) -> str:
     root = folder.rstrip("/")
     found = [
         (f"{root}/**/*{suffix}" if count > here[suffix] else f"{root}/*{suffix}", count)
-        for suffix, count in deep.most_common(4)
+        for suffix, count in sorted(deep.items(), key=lambda item: (-item[1], item[0]))[:4]
     ]
     matches = [f"`{pattern}` ({counted(count, 'file')})" for pattern, count in found]
     return f", in which {', '.join(matches)} would match"

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from chimera.cli import UserError
-from chimera.convert.settings import LEASE, WORK
+from chimera.convert.settings import CLAIMS, LEASE, WORK
 from chimera.manifest import Manifest, parse_manifest
 from chimera.mds import SPLITS
 from chimera.objects import Objects
@@ -43,10 +43,12 @@ class Root:
         """Files of `streams`, and indexes of others, that were not read; not those of a build that is under way."""
         if self._store is not None:
             names = [entry.key for entry in self._store.list()]
-            growing = LEASE in names
+            growing = any(name == LEASE or name.startswith(f"{CLAIMS}/") for name in names)
         else:
             names = [str(p.relative_to(self.root)) for split in SPLITS for p in Path(self.root).glob(f"*/{split}/*")]
-            growing = (Path(self.root) / WORK / "plan.json").exists()
+            growing = any(file.is_file() for file in Path(self.root).glob(f"{CLAIMS}/*")) or any(
+                Path(self.root).glob(f"{WORK}*/plan.json")
+            )
         parts = [(name, name.split("/")) for name in names]
         found = [(name, part) for name, part in parts if len(part) == 3 and part[1] in SPLITS]
         of_others = set() if growing else {name for name, part in found if part[2] == "index.json"}

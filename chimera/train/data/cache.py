@@ -3,9 +3,9 @@
 A shard is a file `CACHE/<stream>-<key>/<name>.mds`, the key a hash of its root and index: shards that were built again
 are noticed, and streams of one name in several roots are kept apart. Each has a lock file; under it a shard is
 downloaded to a temporary name, verified, decompressed, verified again, and renamed: what has its final name was whole
-once, and is verified again when a process first uses it. Killed at any point, nothing needs cleaning up; any number of
-processes and jobs may share a cache. Uncompressed shards of a local root are used where they are, and a root is never
-written to.
+once, and is verified again whenever it is opened (once a pass). Killed at any point, nothing needs cleaning up; any
+number of processes and jobs may share a cache. Uncompressed shards of a local root are used where they are, and a root
+is never written to.
 
 A mapped file may be removed: whoever has it mapped goes on reading it. So eviction needs no word from readers.
 """
@@ -64,7 +64,6 @@ class ShardCache:
 
     def __init__(self, cache: str, limit: int | None = None) -> None:
         self.folder, self.limit = Path(cache), limit
-        self._verified: set[tuple[Path, int, int]] = set()
 
     def open(self, index: StreamIndex, number: int) -> mmap.mmap:
         """Map a shard's raw bytes, fetching and verifying them if need be; raises `ShardError` naming the shard."""
@@ -74,7 +73,7 @@ class ShardCache:
         path = self.path(index, shard)
         try:
             with locked(path):
-                if path.exists() and not self._is_good(path, shard.raw):
+                if path.exists() and not _is_good(path, shard.raw):
                     say(f"{path} was damaged (its hash is not the index's): fetching it again")
                     path.unlink()
                 if not path.exists():
@@ -99,23 +98,13 @@ class ShardCache:
     def _open_in_place(self, index: StreamIndex, shard: Shard) -> mmap.mmap:
         path = Path(index.folder, shard.raw.name)
         try:
-            if not self._is_good(path, shard.raw):
+            if not _is_good(path, shard.raw):
                 raise ShardError(f"shard {path} is damaged (its hash is not the index's): restore or build it again")
             return _map(path)
         except FileNotFoundError:
             raise ShardError(f"shard {path} is missing: build the stream {index.name} again") from None
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error.strerror}") from None
-
-    def _is_good(self, path: Path, file: StoredFile) -> bool:
-        """Whether a file has the index's bytes and hashes; looked at once in a process."""
-        stat = path.stat()
-        key = (path, stat.st_ino, stat.st_size)
-        if key not in self._verified:
-            if stat.st_size != file.bytes or not _matches(path, file):
-                return False
-            self._verified.add(key)
-        return True
 
     def _fetch(self, index: StreamIndex, shard: Shard, path: Path) -> None:
         """Make `path` hold the raw shard; the caller has its lock. `files.open_whole` would not reserve the room."""
@@ -129,7 +118,7 @@ class ShardCache:
                 source = self._download(place, fetched) if index.remote else Path(place)
                 if not source.is_file():
                     raise ShardError(f"shard {place} is missing: build the stream {index.name} again")
-                if source.stat().st_size == stored.bytes and _matches(source, stored):
+                if _is_good(source, stored):
                     break
                 if last:
                     raise ShardError(
@@ -146,8 +135,6 @@ class ShardCache:
                     raise ShardError(f"shard {place} does not decompress to what its index says: build it again")
             with self._whole_cache():  # whoever adds up its files must not miss one between two names
                 os.replace(source, path)
-            stat = path.stat()
-            self._verified.add((path, stat.st_ino, stat.st_size))
         finally:
             room.unlink(missing_ok=True)
             fetched.unlink(missing_ok=True)
@@ -216,6 +203,11 @@ def _remove_unless_locked(path: Path) -> bool:
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _is_good(path: Path, file: StoredFile) -> bool:
+    """Whether a file has the index's bytes and hashes."""
+    return path.stat().st_size == file.bytes and _matches(path, file)
 
 
 def _matches(path: Path, file: StoredFile) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from chimera.train.data.cache import ShardCache, ShardError
 from chimera.train.data.index import Column, StreamIndex
@@ -23,7 +24,11 @@ THREADS = 4  # that fetch ahead
 
 
 class MappedShard:
-    """One shard's records: `tokens [blocks, bytes] uint8` and, if stored, `masks [blocks, block_len / 8] uint8`."""
+    """One shard's records: `tokens` and, if stored, `masks` are where they lie in one (`take`).
+
+    A file that is mapped can change under its readers. So each record's hash is noted here, and compared when it is
+    read.
+    """
 
     def __init__(self, index: StreamIndex, number: int, data: Any, block_len: int | None) -> None:
         shard = index.shards[number]
@@ -35,7 +40,8 @@ class MappedShard:
             raise ShardError(f"{where}: its records differ in length; blocks of one fixed length are needed")
         records = np.frombuffer(data, np.uint8, shard.blocks * stride, offset=int(offsets[0]))
         records = records.reshape(shard.blocks, stride)
-        self.masks: Bytes | None = None
+        self._where, self._records, self._sums = where, records, _sums(records)
+        self.masks: slice | None = None
         variable = [column for column in shard.columns if column.size is None]
         self._same(records[:, : 4 * len(variable)], where)
         sizes = dict(zip(variable, np.frombuffer(records[0, : 4 * len(variable)].tobytes(), np.uint32), strict=True))
@@ -44,15 +50,22 @@ class MappedShard:
             size = int(sizes[column]) if column.size is None else column.size
             values = records[:, place : place + size]
             if column.name == "tokens":
-                self.tokens = values[:, self._shape_bytes(column, values, where) :]
+                self.tokens = slice(place + self._shape_bytes(column, values, where), place + size)
             elif column.name == "assistant":
-                self.masks = values[:, self._shape_bytes(column, values, where) :]
+                self.masks = slice(place + self._shape_bytes(column, values, where), place + size)
             place += size
-        self.block_len = self.tokens.shape[1] / index.dtype.itemsize
+        self.block_len = (self.tokens.stop - self.tokens.start) / index.dtype.itemsize
         if block_len is not None and self.block_len != block_len:
             raise ShardError(f"{where} holds blocks of {self.block_len:g} tokens, {block_len} are expected")
-        if self.masks is not None and self.masks.shape[1] * 8 != self.block_len:
+        if self.masks is not None and (self.masks.stop - self.masks.start) * 8 != self.block_len:
             raise ShardError(f"{where}: its `assistant` masks are not one bit a token")
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Bytes:
+        """A copy of some records, [n, bytes]. Raises `ShardError` where one is not as it was when it was opened."""
+        found = self._records[rows]
+        if (_sums(found) != self._sums[rows]).any():
+            raise ShardError(f"{self._where} was changed while it was read: bring it back and start again")
+        return found
 
     def _shape_bytes(self, column: Column, values: Bytes, where: str) -> int:
         """Bytes before the values where an ndarray's shape is stored with each: `[ndim·4 + code][shape]`."""
@@ -69,6 +82,11 @@ class MappedShard:
             raise ShardError(f"{where}: its records differ in shape; blocks of one fixed length are needed")
 
 
+def _sums(records: Bytes) -> npt.NDArray[np.uint64]:
+    """A hash of each record."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, records), np.uint64, len(records))
+
+
 def stored_block_len(index: StreamIndex, cache: ShardCache) -> int:
     """Tokens of a stream's blocks, from its first shard: for shards without a manifest."""
     number = next(number for number, shard in enumerate(index.shards) if shard.blocks)
@@ -79,7 +97,8 @@ def first_blocks(index: StreamIndex, cache: ShardCache, count: int) -> npt.NDArr
     """Up to `count` blocks of a stream's first shard that has any, [n, block_len]."""
     number = next(number for number, shard in enumerate(index.shards) if shard.blocks)
     shard = MappedShard(index, number, cache.open(index, number), None)
-    return np.ascontiguousarray(shard.tokens[:count]).view(index.dtype)
+    records = shard.take(np.arange(min(count, index.shards[number].blocks)))
+    return np.ascontiguousarray(records[:, shard.tokens]).view(index.dtype)
 
 
 class BlockReader:
@@ -117,13 +136,13 @@ class BlockReader:
                 places = here[chosen]
                 rows = blocks[places] - starts[shard]
                 mapped = self.shard((name, int(shard)))
-                if index.dtype == self.dtype:
-                    tokens[places] = mapped.tokens[rows]
-                else:
-                    wide = mapped.tokens[rows].view(index.dtype).astype(self.dtype)
-                    tokens[places] = wide.view(np.uint8)
+                records = mapped.take(rows)
+                found = records[:, mapped.tokens]
+                if index.dtype != self.dtype:
+                    found = np.ascontiguousarray(found).view(index.dtype).astype(self.dtype).view(np.uint8)
+                tokens[places] = found
                 if masks is not None and mapped.masks is not None:
-                    masks[places] = mapped.masks[rows]
+                    masks[places] = records[:, mapped.masks]
         said = None if masks is None else np.unpackbits(masks, axis=1, bitorder="little").view(bool)
         return tokens.view(self.dtype), said
 

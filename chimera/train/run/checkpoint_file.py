@@ -4,6 +4,7 @@ Only tensors and plain values are unpickled; what the file claims is compared wi
 for it; and what is read of it has the types that `train/main.py` writes.
 """
 
+import errno
 import io
 import pickle
 import zipfile
@@ -21,6 +22,8 @@ from chimera.cli import UserError
 from chimera.text import one_line
 from chimera.train.run.checkpoint_schema import what_differs
 
+ZIP = b"PK\x03\x04"
+
 
 class _Damaged(ValueError):
     """A file that claims more than it holds."""
@@ -29,18 +32,21 @@ class _Damaged(ValueError):
 def read_checkpoint(path: Path, lazy: bool = False) -> dict[str, Any]:
     """The `state` of one of our checkpoints, on the CPU; only tensors and plain values are unpickled.
 
-    `lazy`: a tensor's bytes are read where they are used, so the file must stay as it is until then.
+    `lazy`: a tensor's bytes are read where they are used, so the file must stay as it is until then; its checksums are
+    the caller's to compare (`check_sums`).
     """
     # What Composer keeps beside the tensors: random states, durations, torch's version. A base's file may be empty.
     plain: list[Any] = [_reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType, timedelta, TorchVersion]
     plain += [(_no_bytes, "builtins.bytes"), (_no_bytes, "__builtin__.bytes")]
     try:
         check_claims(path)
+        if not lazy:
+            check_sums(path)
         with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)["state"]
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except pickle.UnpicklingError:  # whose text advises to load it without the check
         raise UserError(
@@ -58,6 +64,31 @@ def read_checkpoint(path: Path, lazy: bool = False) -> dict[str, Any]:
     return {**state, "callbacks": callbacks}
 
 
+def damage_of(path: Path | str) -> str | None:
+    """What is wrong with a checkpoint file, None if nothing: its zip directory and every checksum are read.
+
+    Raises `UserError` where the system does not let it be read: whole or not, a run must not begin before it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            return f"checksum of {broken}" if broken else None
+    except Exception as error:  # a damaged directory can raise nearly anything
+        refused = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)  # a wrong offset
+        if refused or isinstance(error, MemoryError):
+            raise UserError(
+                f"checkpoint {path} cannot be read ({one_line(error) or type(error).__name__}), which says nothing "
+                "about whether it is whole: make it readable, or move it elsewhere to start from the one before"
+            ) from None
+        return str(error) or type(error).__name__
+
+
+def check_sums(path: Path) -> None:
+    """Raise `UserError` where a checkpoint is damaged: torch compares no checksum when it reads one."""
+    if path.is_file() and (damage := damage_of(path)):
+        raise UserError(f"{path} is not a checkpoint that can be read: it is damaged ({one_line(damage)[:200]})")
+
+
 def _no_bytes() -> bytes:
     """How pickle writes b"". In place of `bytes`, which would make as many as it is told."""
     return b""
@@ -68,8 +99,12 @@ def check_claims(path: Path) -> None:
 
     torch 2.7 reads behind the end of a record that is shorter than its tensor.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        if file.read(4) != ZIP:  # where torch looks: a file of another kind, with an archive behind it
+            raise _Damaged("it does not begin as an archive of torch does")
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        if len(sizes) < len(archive.infolist()):
+            raise _Damaged("it holds two parts of one name")
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
         if packed or sum(sizes.values()) > path.stat().st_size:
             raise _Damaged("its parts are larger than the file")

@@ -24,8 +24,9 @@ from chimera.cli import UserError, say
 from chimera.files import try_lock
 from chimera.stores import is_remote
 from chimera.text import size
+from chimera.train.run.checkpoint_file import damage_of
 from chimera.train.run.run_store import RunStore, prefix_of
-from chimera.train.run.start import damage_of, find_checkpoints
+from chimera.train.run.start import find_checkpoints
 
 PREEMPTED = 143  # exit code: 128 + SIGTERM
 

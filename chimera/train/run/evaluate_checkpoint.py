@@ -14,6 +14,7 @@ from chimera.train.data.shards import Shards
 from chimera.train.order.run_plan import eval_streams
 from chimera.train.order.schedule import Plan
 from chimera.train.run.callbacks import About
+from chimera.train.run.checkpoint_file import check_sums
 from chimera.train.run.curriculum import check_sequences, microbatch, precision_of
 from chimera.train.run.evaluate import evaluators
 from chimera.train.settings import TrainSettings
@@ -41,6 +42,7 @@ def evaluate(settings: TrainSettings, shards: Shards, plan: Plan, checkpoint: Pa
     model = build_model(settings, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     check_tokens(shards.largest_ids(eval_streams(settings, plan)), model.model.get_input_embeddings().num_embeddings)
     precision = precision_of(settings, on_gpu)
+    check_sums(checkpoint)
     state = About(model, shards, settings, precision, plan.steps).read(checkpoint, own=False)
     seen = state["dataset_state"]["train"]
     warn_of_other_shards(seen, shards)

@@ -4,8 +4,6 @@ A checkpoint counts once it was read to its last byte: one that a kill, a full d
 passed over. One in an object store is fetched to each node, and removed once it is loaded.
 """
 
-import errno
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,8 @@ from composer.utils import dist
 
 from chimera.cli import UserError, say
 from chimera.stores import is_remote
-from chimera.text import one_line
 from chimera.train.run.branch import check_same, is_checkpoint, of_step, parent_of
-from chimera.train.run.checkpoint_file import read_checkpoint
+from chimera.train.run.checkpoint_file import damage_of, read_checkpoint
 from chimera.train.run.checkpoint_schema import Parent
 from chimera.train.run.run_store import NAME, RunStore, fetch
 from chimera.train.settings import BranchSettings, TrainSettings
@@ -137,6 +134,8 @@ def _given(path: str, place: str, key: str, folder: Path, save_folder: str, whol
     `whole`: it is on this node, and read to its end.
     """
     file = on_this_node(path, folder) if whole else _fetched(path, folder)
+    if file.suffix == ".safetensors" or (file.is_dir() and any(file.glob("*.safetensors"))):
+        raise UserError(f"setting `{key}`: {path} holds weights alone: start from them with `model.pretrained`")
     if file.is_dir():
         raise UserError(
             f"setting `{key}`: {path} is a folder: give the checkpoint in it, say latest-rank0.pt, or the "
@@ -192,28 +191,10 @@ def fetch_to_node(path: str, folder: Path) -> None:
             f"checkpoint {path} cannot be read on node {dist.get_node_rank()} ({damage}): `save_folder` must be a "
             "folder that all nodes share, or an object store"
         )
+    read_checkpoint(on_this_node(path, folder), lazy=True)  # the guard stands before each node's load
 
 
 def remove_copy(folder: Path) -> None:
     """Remove this node's copy of a checkpoint of an object store."""
     if dist.get_local_rank() == 0:
         (folder / FETCHED.format(dist.get_node_rank())).unlink(missing_ok=True)
-
-
-def damage_of(path: Path | str) -> str | None:
-    """What is wrong with a checkpoint file, None if nothing: its zip directory and every checksum are read.
-
-    Raises `UserError` where the system does not let it be read: whole or not, a run must not begin before it.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            return f"checksum of {broken}" if broken else None
-    except Exception as error:  # a damaged directory can raise nearly anything
-        refused = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)  # a wrong offset
-        if refused or isinstance(error, MemoryError):
-            raise UserError(
-                f"checkpoint {path} cannot be read ({one_line(error) or type(error).__name__}), which says nothing "
-                "about whether it is whole: make it readable, or move it elsewhere to start from the one before"
-            ) from None
-        return str(error) or type(error).__name__

@@ -91,13 +91,20 @@ def check_files(files: Mapping[str, bytes], where: str) -> None:
 def check_pretrained(folder: Any, shards_tokenizer: Path) -> None:
     """Raise `UserError` if a model folder's tokenizer gives a text other ids than the shards' tokenizer does.
 
-    The shards' may have more tokens: then the model's vocabulary grows. A folder without a tokenizer.json passes.
+    Likewise where its weights are pickles alone. The shards' may have more tokens: then the model's vocabulary grows. A
+    folder without a tokenizer.json passes.
     """
     if folder is not None and not isinstance(folder, str):
         raise UserError(f"setting `model.pretrained` is {folder!r}; it is the path of a folder")
     if folder is None:
         return
     check_files(base_files(folder), f"setting `model.pretrained`: {folder}")
+    pickles = sorted(Path(folder).glob("*.bin"))
+    if pickles and not any(Path(folder).glob("*.safetensors")):
+        raise UserError(
+            f"setting `model.pretrained`: {pickles[0]} is a pickle, and those of others are not read: give a "
+            "folder with its weights as safetensors, as `save_pretrained` writes them"
+        )
     theirs = Path(folder, "tokenizer.json")
     if not theirs.exists():
         return

@@ -121,7 +121,7 @@ def build_model(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id: i
     options: dict[str, Any] = {"attn_implementation": attention, dtype_keyword(): torch.float32}
     with sizes_of_transformers():
         if pretrained:
-            offline = {"local_files_only": True, "trust_remote_code": False}
+            offline = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
             model = AutoModelForCausalLM.from_pretrained(pretrained, config=config, **offline, **options)
             if model.get_input_embeddings().num_embeddings < vocab_size:
                 model.resize_token_embeddings(padded(vocab_size), mean_resizing=False)

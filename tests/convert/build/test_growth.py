@@ -8,7 +8,7 @@ import pytest
 
 from chimera.cli import UserError
 from chimera.commands.verify_shards import verify_shards
-from chimera.convert.build import outputs
+from chimera.convert.build.folder_output import FolderOutput
 from chimera.manifest import parse_manifest
 from tests.convert import builds
 
@@ -78,8 +78,8 @@ def test_a_stream_that_is_there_with_other_settings_is_refused(sources: Path, tm
     other["streams"]["lines"]["min_chars"] = 0
     with pytest.raises(UserError, match=r"other settings \(streams.lines.min_chars: 50 -> 0\)"):
         builds.build_here(other)
-    with pytest.raises(UserError, match=r"streams.limited is new; streams.lines is gone"):
-        builds.build_here(config(sources, output, "limited"))
+    with pytest.raises(UserError, match=r"other settings \(eval_fraction: .* -> 0.0\)"):
+        builds.build_here(config(sources, output, "limited", eval_fraction=0.0))
 
 
 class Stopped(BaseException):
@@ -90,8 +90,8 @@ def stop_at(number: int) -> Callable[[], None]:
     """Stop after the `number`-th change of the output; returns what lets it go on."""
     calls = 0
     with_stops = pytest.MonkeyPatch()
-    for name in ("write", "put", "publish_shard", "clear", "remove_stale"):
-        real = getattr(outputs.FolderOutput, name)
+    for name in ("write", "update", "put", "publish_shard", "clear", "remove_stale"):
+        real = getattr(FolderOutput, name)
 
         def act(self: Any, *given: Any, real: Any = real, **named: Any) -> Any:
             nonlocal calls
@@ -102,7 +102,7 @@ def stop_at(number: int) -> Callable[[], None]:
                 raise Stopped
             return result
 
-        with_stops.setattr(outputs.FolderOutput, name, act)
+        with_stops.setattr(FolderOutput, name, act)
     return with_stops.undo
 
 

@@ -9,7 +9,7 @@ from chimera.cli import UserError
 from chimera.commands.verify_shards import verify_shards
 from chimera.convert.build import publish
 from chimera.convert.build.growth import restricted
-from chimera.convert.build.outputs import StoreOutput
+from chimera.convert.build.store_output import StoreOutput
 from chimera.manifest import Manifest
 from tests.convert import builds
 from tests.convert.s3_server import S3Server
@@ -64,7 +64,7 @@ def test_a_removal_that_was_killed_takes_nothing_of_the_next_builder(
 
     def meanwhile(*given: Any) -> None:
         monkeypatch.setattr(publish, "_publish_shards", real)
-        with pytest.raises(UserError, match="another builder is writing s3://bucket/grown"):
+        with pytest.raises(UserError, match="another builder is writing x of s3://bucket/grown"):
             build("one")
         real(*given)
 
@@ -73,21 +73,21 @@ def test_a_removal_that_was_killed_takes_nothing_of_the_next_builder(
     verify_shards(OUTPUT)
 
 
-def test_a_builder_gives_up_no_lease_but_its_own(build: Any, s3: S3Server) -> None:
+def test_a_builder_gives_up_no_claim_but_its_own(build: Any, s3: S3Server) -> None:
     build("one")
     build("one", "x", killed=True)
     build("two", "x", seed=6, killed=True, rebuild=True)
     build("one")  # nothing to do, and what it had begun is let go
-    assert (s3.root / "bucket/grown/builder.json").exists()
-    with pytest.raises(UserError, match="another builder is writing s3://bucket/grown"):
+    assert (s3.root / "bucket/grown/.claims/x").exists()
+    with pytest.raises(UserError, match="another builder is writing x of s3://bucket/grown"):
         build("three", "x", seed=7)
 
 
-def test_a_builder_that_lost_its_lease_sends_its_shards_again(build: Any) -> None:
+def test_a_builder_that_lost_its_claim_sends_its_shards_again(build: Any) -> None:
     build("one")
     build("one", "x", killed=True)
     build("two", "x", seed=6, killed=True, rebuild=True)
-    build("two")  # gives the lease up; what it sent lies where the first one's was
+    build("two")  # gives the claim up; what it sent lies where the first one's was
     build("one", "x")
     verify_shards(OUTPUT)
 

@@ -1,6 +1,7 @@
 """Builds whose output is an object store: a real S3 server, also one that fails and restarts."""
 
 import random
+import shutil
 import threading
 from functools import partial
 from hashlib import sha256
@@ -102,7 +103,7 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
         with pytest.raises(KeyboardInterrupt):
             builds.build_here(remote(sources, tmp_path))
     elsewhere = {**remote(sources, tmp_path), "work": str(tmp_path / "elsewhere")}
-    with pytest.raises(UserError, match="another builder is writing s3://bucket/"):
+    with pytest.raises(UserError, match="another builder is writing chats of s3://bucket/"):
         builds.build_here(elsewhere)
     builds.build_here({**elsewhere, "rebuild": True})
     assert objects(s3) == wanted
@@ -111,15 +112,15 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
 def test_of_two_builders_that_begin_at_once_one_is_refused(
     sources: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both see that nobody has the lease before either takes it, on a server that honours conditional creates."""
+    """Both see that nobody has the claim before either takes it, on a server that honours conditional creates."""
     both_looked, refused = threading.Barrier(2), threading.Event()
     looks: list[str] = []
 
     def meet(request: str) -> None:
-        if request.startswith("GET") and "/builder.json" in request and len(looks) < 2:
+        if request.startswith("GET") and "/.claims/chats" in request and len(looks) < 2:
             looks.append(request)
             both_looked.wait(120)
-        elif request.startswith("PUT") and "/builder.json" not in request:
+        elif request.startswith("PUT") and "/.claims/" not in request:
             refused.wait(120)  # nor does the one end before the other has had its answer
 
     refusals: list[str] = []
@@ -142,7 +143,7 @@ def test_of_two_builders_that_begin_at_once_one_is_refused(
         for builder in builders:
             builder.join()
         assert len(refusals) == 1
-        assert "another builder began to write s3://bucket" in refusals[0]
+        assert "another builder began to write chats of s3://bucket" in refusals[0]
         store = Objects(f"s3://bucket/{PREFIX}")
         assert {e.key: sha256(store.get(e.key)).hexdigest() for e in store.list()} == wanted
 
@@ -152,10 +153,10 @@ def test_a_builder_whose_place_was_taken_publishes_nothing(sources: Path, tmp_pa
 
     def take_over(request: str) -> None:
         if request.startswith("PUT") and request.endswith("tokenizer.json"):
-            (folder / "builder.json").write_text('{"builder": "another"}')
+            (folder / ".claims/chats").write_text('{"builder": "another"}')
 
     s3.before = take_over
-    with pytest.raises(UserError, match=r"another builder began to write s3://bucket/.*, at the same time or since"):
+    with pytest.raises(UserError, match=r"another builder began to write chats of s3://.*, at the same time or since"):
         builds.build_here(remote(sources, tmp_path))
     assert not (folder / "manifest.json").exists()
 
@@ -164,16 +165,17 @@ def test_an_output_that_was_finished_since_it_was_looked_at_is_left_alone(
     sources: Path, tmp_path: Path, s3: S3Server
 ) -> None:
     folder = s3.root / "bucket" / PREFIX
+    builds.build_here(settings_for(sources, tmp_path / "out"))
 
     def finish(request: str) -> None:
-        if request.startswith("GET") and request.endswith("builder.json") and not folder.exists():
+        if request.startswith("GET") and request.endswith(".claims/chats") and not folder.exists():
             folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text("{}")
+            shutil.copy(tmp_path / "out/manifest.json", folder)
 
     s3.before = finish
-    with pytest.raises(UserError, match="another builder has just finished s3://bucket/"):
+    with pytest.raises(UserError, match="another builder has just changed s3://bucket/"):
         builds.build_here(remote(sources, tmp_path))
-    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["manifest.json"]
 
 
 def test_a_builder_that_takes_its_place_back_trusts_no_object_of_the_other(
@@ -185,7 +187,7 @@ def test_a_builder_that_takes_its_place_back_trusts_no_object_of_the_other(
             patch.setattr(Objects, "put", _stop_at("columns/train/index", Objects.put))
             with pytest.raises(KeyboardInterrupt):
                 builds.build_here(settings)
-    with pytest.raises(UserError, match="another builder is writing s3://bucket/"):
+    with pytest.raises(UserError, match="another builder is writing chats of s3://bucket/"):
         builds.build_here(remote(sources, tmp_path))
     builds.build_here({**remote(sources, tmp_path), "rebuild": True})
     assert objects(s3) == wanted
@@ -195,7 +197,7 @@ def test_a_rebuild_over_an_unfinished_build_leaves_none_of_its_objects(
     sources: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Objects, "put", _stop_at("manifest.json", Objects.put))
+        patch.setattr(Objects, "update", _stop_at("manifest.json", Objects.update))
         with pytest.raises(KeyboardInterrupt):
             builds.build_here(remote(sources, tmp_path))
     changes = {"eval_fraction": 0.0, "part_bytes": 1 << 20}
@@ -263,7 +265,7 @@ def test_shards_of_parts_that_ran_ahead_of_max_tokens_are_removed(sources: Path,
 
 @pytest.mark.usefixtures("s3")
 def test_a_bucket_that_is_not_there_is_one_clear_line(sources: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"s3://no-such-bucket/x/builder\.json failed"):
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/x/\.claims/\w+ failed"):
         builds.build_here({**remote(sources, tmp_path), "output": "s3://no-such-bucket/x"})
 
 

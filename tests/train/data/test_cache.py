@@ -83,6 +83,21 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again_and_reported(
     assert all("was damaged (its hash is not the index's): fetching it again" in line for line in said)
 
 
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_a_shard_that_is_damaged_while_it_is_mapped_is_never_trained_on(
+    tmp_path: Path, compression: str | None
+) -> None:
+    root, cache = make_shards(tmp_path / "root", STREAMS, compression=compression), tmp_path / "cache"
+    records = iter(dataset(root, cache))
+    check(next(records))
+    for path in raw_shards(cache) if compression else sorted(root.glob("*/train/*.mds")):
+        with path.open("r+b") as file:  # in its place, as a disk does it: under the map
+            file.seek(half := path.stat().st_size // 2)
+            file.write(bytes(half))
+    with pytest.raises(ShardError, match=r"was changed while it was read|is damaged"):
+        [check(record) for record in records]
+
+
 def test_a_cut_off_shard_in_the_cache_is_fetched_again(remote: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     list(dataset(remote, cache))
@@ -203,6 +218,7 @@ def test_a_damaged_manifest_is_one_line(root: Path, tmp_path: Path, damaged: str
 def test_an_index_that_the_manifest_does_not_name_is_refused(root: Path, remote: str, tmp_path: Path) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     manifest["streams"]["it"]["train"]["index"] = "0" * 64
+    manifest.pop("sha256", None)
     (root / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"/it/train/index.json is not the one the manifest of file://.* names"):
         dataset(remote, tmp_path / "cache")

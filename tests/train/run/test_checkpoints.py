@@ -13,8 +13,9 @@ import torch
 
 from chimera.cli import UserError
 from chimera.train.order.run_plan import end_step
+from chimera.train.run.checkpoint_file import damage_of
 from chimera.train.run.checkpoints import lock_folder
-from chimera.train.run.start import Start, choose_start, damage_of, find_checkpoints
+from chimera.train.run.start import Start, choose_start, find_checkpoints
 from chimera.train.settings import TrainSettings, read_settings
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from chimera.commands import export_hf
 from chimera.commands.train import main
-from chimera.train.run.start import damage_of, find_checkpoints
+from chimera.train.run.checkpoint_file import damage_of
+from chimera.train.run.start import find_checkpoints
 from tests.train.conftest import ROOT, steps_of, weights_of
 
 COMPOSER = Path(sys.executable).parent / "composer"

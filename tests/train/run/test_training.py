@@ -12,8 +12,7 @@ import torch
 from chimera.cli import UserError
 from chimera.commands import export_hf
 from chimera.commands.train import main
-from chimera.train.run.checkpoint_file import read_checkpoint
-from chimera.train.run.start import damage_of
+from chimera.train.run.checkpoint_file import damage_of, read_checkpoint
 from chimera.train.step import collate
 from tests.train.conftest import steps_of, weights_of
 

@@ -1,0 +1,210 @@
+"""An object store as the output of a build, to which the workers have sent the shards already."""
+
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from chimera.cli import UserError, say
+from chimera.convert.build.claims import check_terms
+from chimera.convert.build.folder_output import OURS
+from chimera.convert.build.part_state import SENT
+from chimera.convert.build.plan import PARTS
+from chimera.convert.build.store import SECONDS
+from chimera.convert.settings import CLAIMS, LEASE
+from chimera.files import write_whole
+from chimera.manifest import Manifest
+from chimera.mds import SPLITS, Json
+from chimera.objects import Objects
+from chimera.retries import OPENING
+
+BUILDER = "builder"  # in the work folder: the name under which it claims streams
+
+
+class StoreOutput:
+    """An object store. See `outputs.Output`.
+
+    Stores have no locks: the object `.claims/STREAM`, which only one builder can create, says which work folder's
+    build has begun the stream. (Earlier versions had one object for all, `builder.json`.)
+    """
+
+    def __init__(self, name: str, work: Path, retries: int) -> None:
+        self.name = name
+        self._work = work
+        self._store = Objects(name, retries, SECONDS, OPENING)
+        self._claims: list[str] = []
+
+    def lock(self, streams: Iterable[str], terms: Json) -> contextlib.AbstractContextManager[None]:
+        del streams, terms  # `acquire` takes them
+        return contextlib.nullcontext()
+
+    def acquire(self, work: Path, streams: Iterable[str], terms: Json, rebuild: bool) -> None:
+        begun = self._builder() is not None
+        if not begun:
+            write_whole(work / BUILDER, secrets.token_hex(8).encode())
+        claim = json.dumps({"builder": self._builder(), "terms": terms}).encode()
+        held = self._has_lease(rebuild)
+        try:
+            for name in sorted(streams):
+                self._claim(f"{CLAIMS}/{name}", claim, begun and not held, rebuild)
+            self.check_claims()
+            self._check_others(terms, rebuild, {*streams})
+        except UserError:
+            if not begun:
+                self._give_up(self._claims)
+            raise
+
+    def _claim(self, key: str, claim: bytes, begun: bool, rebuild: bool) -> None:
+        found = self._store.find(key)
+        if found is None:
+            if begun:  # another builder has had the claim since, and is done: what was sent may be gone, or its
+                _forget_parts(self._work)
+            if not self._store.put_if_absent(key, claim):
+                raise self._taken(key)
+            if not self._claims and self._store.put_if_absent(key, claim):  # twice?
+                say(f"{self.name}: no conditional creates here: a builder that begins in the same second may go unseen")
+        elif builder_of(found) != self._builder():
+            self._check_rebuild(key, rebuild)
+            _forget_parts(self._work)  # first: its objects may lie in the places of those that were sent
+            self._store.put(key, claim)
+        elif found != claim:
+            self._store.put(key, claim)
+        self._claims.append(key)
+
+    def check_claims(self) -> None:
+        for key in self._claims:
+            if builder_of(self._store.find(key)) != self._builder():
+                raise self._taken(key)
+
+    def _taken(self, key: str) -> UserError:
+        return UserError(f"another builder began to write {self._named(key)}, at the same time or since: wait for it")
+
+    def release(self) -> None:
+        self._give_up([*(self._claims or [entry.key for entry in self._store.list(CLAIMS)]), LEASE])
+
+    def _give_up(self, keys: list[str]) -> None:
+        for key in keys:
+            found = self._store.find(key)
+            if found and builder_of(found) == self._builder():  # another builder may have taken over
+                self._store.delete(key)
+        self._claims = []
+
+    def _has_lease(self, rebuild: bool) -> bool:
+        """Whether an earlier version claimed all streams for this build. What it claimed for another goes."""
+        found = self._store.find(LEASE)
+        if found is not None and builder_of(found) != self._builder():
+            self._check_rebuild(LEASE, rebuild)
+            _forget_parts(self._work)
+            self._store.delete(LEASE)
+            return False
+        return found is not None
+
+    def _check_others(self, terms: Json, rebuild: bool, streams: set[str]) -> None:
+        """Raise `UserError` where others build other streams on other terms; `rebuild` takes their claims away."""
+        for entry in self._store.list(CLAIMS):
+            name = entry.key.removeprefix(f"{CLAIMS}/")
+            found = None if name in streams else self._store.find(entry.key)
+            if found is None or builder_of(found) == self._builder():
+                continue
+            try:
+                check_terms(self.name, name, _value(found).get("terms"), terms)
+            except UserError:
+                if not rebuild:
+                    raise
+                self._store.delete(entry.key)
+
+    def _check_rebuild(self, key: str, rebuild: bool) -> None:
+        if not rebuild:
+            raise UserError(
+                f"another builder is writing {self._named(key)}, or was stopped: wait for it or run its command again, "
+                "or take over with `rebuild=true`"
+            )
+
+    def _named(self, key: str) -> str:
+        stream = key.removeprefix(f"{CLAIMS}/")
+        return self.name if key == LEASE else f"{stream} of {self.name}"
+
+    def _builder(self) -> str | None:
+        """The name of this work folder's build, once it has asked for a claim."""
+        file = self._work / BUILDER
+        return file.read_text() if file.exists() else None
+
+    def read(self, key: str) -> bytes | None:
+        return self._store.find(key)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._store.put(key, data)
+
+    def update(self, key: str, change: Callable[[bytes | None], bytes]) -> bytes:
+        return self._store.update(key, change)
+
+    def put(self, file: Path, key: str) -> None:
+        self._store.put(key, file)
+
+    def publish_shard(self, made: Path, key: str, entry: Json) -> bool:
+        return made.with_name(made.name + SENT).exists()
+
+    def check_free(self, streams: Iterable[str], rebuild: bool, finished: bool = False) -> None:
+        """A finished build is removed by hand alone; `rebuild` lets what one left unfinished go."""
+        if not finished and self._store.exists("manifest.json"):
+            raise self._by_hand()
+        for key in self._indexes(streams):
+            if not rebuild and self._store.exists(key):
+                raise UserError(
+                    f"{self.name}/{key} is not of this build: choose another `output`, remove the objects below this "
+                    "one, or set `rebuild=true`"
+                )
+
+    def remove_manifest(self, older: Manifest) -> None:
+        del older
+        raise self._by_hand()
+
+    def _by_hand(self) -> UserError:
+        return UserError(f"remove the objects below {self.name} before it is built anew")
+
+    def clear(self, streams: Iterable[str]) -> None:
+        streams = [*streams]
+        for key in self._indexes(streams):
+            self._store.delete(key)
+        for name in streams:
+            for split in SPLITS:
+                self.remove_stale(f"{name}/{split}", [])
+            for beside in ("rejects", "proof"):
+                self._store.delete(f"{beside}/{name}.jsonl.zst")
+
+    def remove_stale(self, split: str, known: Iterable[str]) -> None:
+        kept = {*known}
+        if kept:
+            kept.add("index.json")
+        for entry in self._store.list(split):
+            name = entry.key.removeprefix(f"{split}/")
+            if name not in kept and OURS.fullmatch(name):
+                self._store.delete(entry.key)
+
+    def _indexes(self, streams: Iterable[str]) -> list[str]:
+        return [f"{name}/{split}/index.json" for name in streams for split in SPLITS]
+
+    def delete_shard(self, key: str) -> None:
+        self._store.delete(key)
+
+
+def _value(data: bytes | None) -> Json:
+    """What a claim says; nothing where there is none, or it is no claim."""
+    try:
+        value = json.loads(data or b"")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def builder_of(data: bytes | None) -> str | None:
+    """The name of the builder that made a claim."""
+    return _value(data).get("builder")
+
+
+def _forget_parts(work: Path) -> None:
+    """Have all parts made anew."""
+    for parts in work.glob(f"{PARTS}*"):
+        shutil.rmtree(parts)
