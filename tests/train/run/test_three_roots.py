@@ -107,10 +107,10 @@ def test_a_run_over_three_roots_goes_on_with_other_ranks_as_one_over_a_single_ro
 def test_kills_of_a_run_over_three_roots_on_two_four_and_one_ranks(
     overrides: Overrides, roots: list[str], tmp_path: Path
 ) -> None:
-    longer = ["phases.0.steps=90", "phases.1.steps=30", "save_interval=10"]
+    longer = ["phases.0.steps=40", "phases.1.steps=20"]
     main(overrides("whole", "model.attention_dropout=0.0", *longer))
     config = [*overrides("three", *roots), *longer]
-    for ranks, until in ((2, 25), (4, 60), (1, 85)):
+    for ranks, until in ((2, 12), (4, 25), (1, 42)):
         process = launch(ranks, *config)
         wait_for_step(process, tmp_path / "three", until)
         os.killpg(process.pid, signal.SIGKILL)
