@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each room may import those before it in its wing, and what both wings share.
 WINGS = {
-    "convert": [["settings"], ["read"], ["encode"], ["pack"], ["build", "verify"]],
+    "convert": [["stream_settings"], ["settings"], ["read"], ["encode"], ["pack"], ["build", "verify"]],
     "train": [["settings"], ["order"], ["data"], ["step"], ["run", "history"], ["export"]],
 }
 COMMANDS = re.compile(r"chimera\.commands\..*|chimera\.train\.__main__")
