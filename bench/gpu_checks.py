@@ -118,7 +118,7 @@ def auto(runs: Runs) -> Figures:
 
 
 def speed(model: str, *options: str) -> Callable[[Runs], Figures]:
-    """A check that times a model: tokens a second at each length, utilisation, waiting and memory."""
+    """A check that times a model: tokens a second at each length, utilization, waiting and memory."""
 
     def check(runs: Runs) -> Figures:
         if options:

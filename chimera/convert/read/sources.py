@@ -20,7 +20,8 @@ from chimera.convert.read.readers import open_span, reader_of, rows_of_file
 from chimera.convert.read.reading import Position, Row, Span, Wanted, kind_of, packing_of
 from chimera.convert.read.store_files import changed, entries_now
 from chimera.convert.read.text_files import DENSE, KINDS, Listing, rows_of_texts
-from chimera.convert.settings import BuildSettings, SourceSettings, StreamSettings
+from chimera.convert.settings import BuildSettings
+from chimera.convert.stream_settings import SourceSettings, StreamSettings
 from chimera.limits import Limits
 from chimera.mds import Json
 from chimera.objects_client import Entry
@@ -223,7 +224,7 @@ def _row_groups(whole: Span, where: str, column: Wanted, build: BuildSettings) -
 
 
 def _group(spans: list[Span], part_bytes: int) -> list[Part]:
-    """Neighbouring spans joined to as few parts of about `part_bytes` of text as hold them, all about as large."""
+    """Neighboring spans joined to as few parts of about `part_bytes` of text as hold them, all about as large."""
     weights = [span.bytes * (DENSE if packing_of(span.file) else 1) for span in spans]
     total = max(1, sum(weights))
     count = -(-total // part_bytes)

@@ -107,7 +107,7 @@ class Pair:
         )
 
     def mix(self) -> Rows:
-        """Of each stream in each phase of either: planned and realised share of both."""
+        """Of each stream in each phase of either: planned and realized share of both."""
         return _beside(
             [
                 {(row.phase, row.stream): (percent(row.planned), percent(row.realised)) for row in run.mix()}
@@ -159,7 +159,7 @@ def compare(pair: Pair) -> str:
         "",
         *table(("stage", "steps", f"loss {one}", "at its end", f"loss {other}", "at its end"), pair.stages()),
         "",
-        *table(("phase", "stream", f"planned {one}", "realised", f"planned {other}", "realised"), pair.mix()),
+        *table(("phase", "stream", f"planned {one}", "realized", f"planned {other}", "realised"), pair.mix()),
     ]
     if pair.evals():
         text += ["", *table(("eval loss", "length", one, other), pair.evals())]

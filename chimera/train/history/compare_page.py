@@ -9,7 +9,7 @@ from chimera.train.history.figures import card, largest_share, loss_lines, mix
 from chimera.train.history.page import frame, html_table
 from chimera.train.history.runlog import Run
 
-COLOURS = (0, 1)  # of the two
+COLORS = (0, 1)  # of the two
 MOST = 12  # streams with a chart of their own
 
 
@@ -27,7 +27,7 @@ def compare_page(pair: Pair, again: int | None = None) -> str:
     rows = [(key, shown(value), shown(theirs)) for key, value, theirs in pair.differences]
     losses, shares = (
         [f"{name}: {head}" for name in pair.names for head in heads]
-        for heads in (("loss", "at its end"), ("planned", "realised"))
+        for heads in (("loss", "at its end"), ("planned", "realized"))
     )
     small = [
         html_table("The runs", ("", one, other), pair.totals()),
@@ -78,9 +78,7 @@ def _named(pair: Pair) -> list[tuple[str, Run]]:
 
 def _loss(pair: Pair, steps: int) -> str:
     lines = [
-        line
-        for colour, (name, run) in zip(COLOURS, _named(pair), strict=True)
-        for line in loss_lines(run, colour, name)
+        line for color, (name, run) in zip(COLORS, _named(pair), strict=True) for line in loss_lines(run, color, name)
     ]
     note = (
         "Mean over the trained tokens of each global batch. Triangles: where a branch began, and where batches differ."
@@ -95,8 +93,8 @@ def _evals(pair: Pair, steps: int) -> list[str]:
         lengths = [length for name, length in pair.one.evals if name == stream and (stream, length) in pair.other.evals]
         if lengths and len(cards) < MOST:
             lines = [
-                Line(name, *run.evals[stream, max(lengths)], colour)
-                for colour, (name, run) in zip(COLOURS, _named(pair), strict=True)
+                Line(name, *run.evals[stream, max(lengths)], color)
+                for color, (name, run) in zip(COLORS, _named(pair), strict=True)
             ]
             note = f"On its eval split, sequences of {max(lengths)} tokens."
             cards.append(card(f"Loss of {html(stream)}", note, _chart(pair, "eval loss", lines, steps), lines))
@@ -105,8 +103,8 @@ def _evals(pair: Pair, steps: int) -> list[str]:
 
 def _speed(pair: Pair, steps: int) -> str:
     lines = [
-        Line(name, *run.speed, colour)
-        for colour, (name, run) in zip(COLOURS, _named(pair), strict=True)
+        Line(name, *run.speed, color)
+        for color, (name, run) in zip(COLORS, _named(pair), strict=True)
         if len(run.speed[0])
     ]
     if not lines:

@@ -73,16 +73,16 @@ def _loss(run: Run) -> str:
     return _figure(run, "Training loss", note, "training loss", loss_lines(run, 0))
 
 
-def loss_lines(run: Run, colour: int, name: str | None = None) -> list[Line]:
+def loss_lines(run: Run, color: int, name: str | None = None) -> list[Line]:
     """The training loss: of each step, and where there are many its mean over some; `name` instead of what they are."""
     there = ~np.isnan(run.loss)  # the others had no token to train on
     steps, loss, weight = run.steps[there], run.loss[there], run.trained[there].astype(np.float64)
     window = max(1, len(loss) // 60)
-    lines = [Line(name or "each step", steps, loss, colour, faint=window > 1)]
+    lines = [Line(name or "each step", steps, loss, color, faint=window > 1)]
     if window > 1:
         ones = np.ones(window)
         smooth = np.convolve(loss * weight, ones, "valid") / np.convolve(weight, ones, "valid")
-        lines.append(Line(name or f"mean of {window} steps", steps[window - 1 :], smooth, colour))
+        lines.append(Line(name or f"mean of {window} steps", steps[window - 1 :], smooth, color))
     return lines
 
 

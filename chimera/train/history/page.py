@@ -146,8 +146,8 @@ def _table_of_mix(rows: Sequence[MixRow]) -> str:
     ]
     note = "Shares of the positions; of the tokens, which padding is none of. "
     note += "Off: blocks the stream was away from its share at most, at any step."
-    heads = ("stream", "phase", "planned", "realised", "of the tokens", "off")
-    return html_table("Planned and realised mix", heads, cells, note, 2)
+    heads = ("stream", "phase", "planned", "realized", "of the tokens", "off")
+    return html_table("Planned and realized mix", heads, cells, note, 2)
 
 
 def _table_of_stages(rows: Sequence[StageRow], since: str) -> str:

@@ -21,7 +21,7 @@ def summary(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         *([f"branch of {one_line(run.origin)}: {one_line(run.parent['checkpoint'])}"] if run.parent else []),
         "",
         *table(
-            ("phase", "steps", "stream", "planned", "realised", "of the tokens", "off by at most"),
+            ("phase", "steps", "stream", "planned", "realized", "of the tokens", "off by at most"),
             [
                 (
                     row.phase,

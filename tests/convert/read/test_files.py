@@ -20,7 +20,8 @@ import zstandard
 from chimera.cli import UserError
 from chimera.convert.read.reading import Position
 from chimera.convert.read.sources import open_source, rows
-from chimera.convert.settings import BuildSettings, SourceSettings, StreamSettings
+from chimera.convert.settings import BuildSettings
+from chimera.convert.stream_settings import SourceSettings, StreamSettings
 from tests.convert import builds
 from tests.convert.builds import LIMITS
 

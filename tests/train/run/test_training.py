@@ -40,7 +40,7 @@ def test_phases_as_files_stops_and_one_run_give_the_same_weights(whole, override
     assert steps_of(tmp_path / "parts") == reference
     assert same(weights_of(tmp_path / "parts", 30), weights_of(whole, 30))
 
-    # the realised mix is within one block of its target at every step
+    # the realized mix is within one block of its target at every step
     shares = {"en_cosmopedia": 0.55, "it_culturax": 0.35, "it_instructions": 0.1}
     seen = dict.fromkeys(shares, 0)
     for line in reference[:20]:
