@@ -55,7 +55,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[
 
         def stop_midway(part: Any, *given: Any) -> Any:
             moved, calls[0] = add(part, *given), calls[0] + 1
-            if calls[0] == 5:
+            if calls[0] == 3:
                 part._commit()
                 raise Stopped
             return moved
