@@ -3,7 +3,7 @@
     python bench/train.py [--steps 40] [--hidden 256] [--layers 6] [--json]
 
 Builds shards of 1 024-token blocks from the bundled sample into a temporary folder. Trainer and bare loop take turns
-within one process; times are medians over steps, the first ten of each run left out. Model flops utilisation is that of
+within one process; times are medians over steps, the first ten of each run left out. Model flops utilization is that of
 the best of ten timed matrix products (8192³ in bf16 on a GPU, 2048³ in fp32 on a CPU).
 """
 
@@ -61,11 +61,11 @@ def main() -> None:
             results[f"tokens/s at {seq_len}"] = args.sequences * seq_len / step
         ceiling, flops = measured["matmul_flops"], measured["flops_per_token"][1024]  # those of the longest sequences
         results["matmul ceiling TFLOP/s"] = ceiling / 1e12
-        results["model flops utilisation"] = results["tokens/s at 1024"] * flops / ceiling
+        results["model flops utilization"] = results["tokens/s at 1024"] * flops / ceiling
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        shares = {name for name in results if "share" in name or "by" in name or "utilisation" in name}
+        shares = {name for name in results if "share" in name or "by" in name or "utilization" in name}
         cells = [(name, percent(v) if name in shares else f"{v:,.4g}") for name, v in results.items()]
         print("\n".join(table((), cells)))
 

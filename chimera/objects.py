@@ -106,7 +106,7 @@ class Objects:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Make an object of its own bytes (no other writer has the same) unless there is one; returns whether it did.
 
-        That is one step where the store honours conditional creates. Where an attempt's answer was lost, what is there
+        That is one step where the store honors conditional creates. Where an attempt's answer was lost, what is there
         tells.
         """
         tried = 0
@@ -122,7 +122,7 @@ class Objects:
         """Make an object what `change` makes of it (`None`: there is none), whoever else does so; returns what it is.
 
         `change` may be asked several times, and gives back what has its change already. No change of another writer is
-        lost where the store honours conditional writes.
+        lost where the store honors conditional writes.
         """
 
         def act() -> bytes:

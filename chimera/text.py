@@ -36,11 +36,9 @@ def without_passwords(text: str) -> str:
     return _USER.sub(lambda found: found[1] or found[2], text)
 
 
-def marked(
-    ids: Iterable[int], trained: Iterable[bool], decode: Callable[[list[int]], str], colour: bool = False
-) -> str:
+def marked(ids: Iterable[int], trained: Iterable[bool], decode: Callable[[list[int]], str], color: bool = False) -> str:
     """The text of `ids`, made `neutral`, what is trained on in green, or else within ⟦⟧."""
-    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    begin, end = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
     runs = groupby(zip(ids, trained, strict=True), key=lambda pair: bool(pair[1]))
     pieces = [(neutral(decode([int(id_) for id_, _ in run])), on) for on, run in runs]
     return "".join(f"{begin}{piece}{end}" if on else piece for piece, on in pieces)

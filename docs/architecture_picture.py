@@ -64,7 +64,7 @@ def wing(rooms: list[tuple[str, str]], y: float, kind: str) -> list[str]:
 
 
 def page() -> str:
-    """The whole picture; its colours follow the reader's, light or dark."""
+    """The whole picture; its colors follow the reader's, light or dark."""
     middle = WIDTH / 2
     parts = [box(0, 0, WIDTH, HEIGHT, "back")]
     parts.append(text(20, 30, "chimera/convert: sources to shards", "name", "start"))

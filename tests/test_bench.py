@@ -61,7 +61,7 @@ def test_train_compares_with_a_bare_loop(warm: Path) -> None:
     found = json.loads(bench("train.py", *sizes, "--json", python=warm / "python"))
     lengths = [f"{unit} at {length}" for length in (256, 512, 1024) for unit in ("steps/s", "tokens/s")]
     trainer = ["main.py steps/s", "bare loop steps/s", "main.py slower by", "data-wait share"]
-    assert list(found) == [*trainer, *lengths, "matmul ceiling TFLOP/s", "model flops utilisation"]
+    assert list(found) == [*trainer, *lengths, "matmul ceiling TFLOP/s", "model flops utilization"]
     assert all(found[name] > 0 for name in found if name != "main.py slower by")
     assert found["tokens/s at 512"] == pytest.approx(4 * 512 * found["steps/s at 512"])
 

@@ -140,6 +140,11 @@ TABLE = [
     ),
     ("train", [TRAIN, HELD, "model.num_attention_heads=3", "save_folder=BUILT/run"], MISFIT),
     ("train", [TRAIN, HELD, "model.pretrained=7", "save_folder=BUILT/run"], "`model.pretrained` is 7; it is the"),
+    (
+        "train",
+        [TRAIN, HELD, "model.pretrained=owner/name", "save_folder=BUILT/run"],
+        "no folder owner/name: a model of the hub is fetched with `hf download NAME",
+    ),
     ("train", [TRAIN, HELD, "model.vocab_size=abc", "save_folder=BUILT/run"], "`model.vocab_size` is 'abc'"),
     ("train", [TRAIN, "generate={interval: 5, prompts: ['']}"], "setting `generate.prompts.0` is missing or empty"),
     ("train", [TRAIN, HELD, "eval={interval: 5, seq_lens: [300]}"], "300 tokens do not divide blocks of"),
@@ -209,6 +214,11 @@ TABLE = [
     ("build_shards", [SHARDS, f"{EN}.format=html"], f"`{EN}.format` is 'html'; it must be text, chat or chatml"),
     (
         "build_shards",
+        [SHARDS, f"{EN}.format=chat", f"{EN}.template=llama3"],
+        f"`{EN}.template` is 'llama3'; it must be chatml, tokenizer .* or the path of a .jinja file",
+    ),
+    (
+        "build_shards",
         [SHARDS, f"{EN}.packing=tight"],
         f"`{EN}.packing` is 'tight'; it must be concat, best_fit",
     ),
@@ -228,7 +238,11 @@ TABLE = [
     ("build_shards", [SHARDS, f"{EN}.min_chars=-1"], "min_chars` is -1; it must be at least 0"),
     ("build_shards", [SHARDS, "streams={a/b: {sources: [{files: [x.jsonl]}]}}"], "letters, digits"),
     # Building: tokenizer
-    ("build_shards", [SHARDS, "tokenizer.path=BUILT/empty"], "tokenizer.path: .* cannot be read"),
+    (
+        "build_shards",
+        [SHARDS, "tokenizer.path=BUILT/empty"],
+        "tokenizer.path: .* cannot be read .*: give a folder .*hf download NAME",
+    ),
     ("build_shards", [SHARDS, "tokenizer.path=BUILT/list.yaml"], "not readable as a tokenizer"),
     ("build_shards", [SHARDS, TOKENIZER, "tokenizer.eos_token=</s>"], "'</s>' is not among its added tokens"),
     ("build_shards", [SHARDS, TOKENIZER, "tokenizer.pad_token=<|endoftext|>"], "they must differ"),
@@ -310,7 +324,7 @@ TABLE = [
     ("train", [TRAIN, HELD, "tokenizer=BUILT/empty"], "setting `tokenizer`: no tokenizer.json"),
     # Reports and exports
     ("report", ["BUILT/empty"], "no run in .*no config.json there"),
-    ("report", ["s3://bucket/run"], "is not a local folder"),
+    ("report", ["ftp://box/run"], "save_folder ftp://box/run cannot be used: Composer"),
     ("export_hf", ["BUILT/none.pt", "BUILT/full"], "is not empty: give a new folder"),
     ("evaluate", ["BUILT/none.pt"], "no checkpoint at .*none.pt"),
     ("evaluate", ["BUILT/text.parquet"], "no config.json beside .*: give the CONFIG of its run"),
@@ -426,7 +440,7 @@ def test_on_a_terminal_progress_is_one_bar_and_no_color_is_respected(
     assert b"\r" in said
     assert "100%|█".encode() in said
     if no_color:
-        assert re.search(rb"\x1b\[[0-9;]*m", said) is None, "colours although NO_COLOR is set"
+        assert re.search(rb"\x1b\[[0-9;]*m", said) is None, "colors although NO_COLOR is set"
 
 
 def read_terminal(primary: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What others wrote reaches a terminal, a log or a file only neutralised; secrets reach none of them."""
+"""What others wrote reaches a terminal, a log or a file only neutralized; secrets reach none of them."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from chimera.text import LONGEST, code, json_text, markdown, one_line
 from chimera.train.settings import TrainSettings
 from tests.convert import builds
 
-# Colour, clear, title and answer-back of terminals, other directions, nothing to see, forged lines
+# Color, clear, title and answer-back of terminals, other directions, nothing to see, forged lines
 HOSTILE = "\x1b[2J\x1b]0;x\x07\x9b31m\x7f\u202egnp\u2066\u200b\ufeff\u2028error: forged\u2029\nerror: forged\r"
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff]")
 SECRET = "geheim"

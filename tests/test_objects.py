@@ -1,4 +1,4 @@
-"""Objects of real S3 servers, one that honours conditional creates and one that does not, and what is refused."""
+"""Objects of real S3 servers, one that honors conditional creates and one that does not, and what is refused."""
 
 import datetime
 import ipaddress
@@ -84,9 +84,9 @@ def test_a_listing_has_more_than_a_page(s3: S3Server) -> None:
 
 def test_an_object_is_created_once_where_the_store_can(s3: S3Server, servers: dict[str, S3Server]) -> None:
     store = Objects("s3://bucket/once", 1)
-    honoured = s3 is servers["seaweed"]
-    assert [store.put_if_absent("x", data) for data in (b"one", b"two")] == [True, not honoured]
-    assert store.get("x") == (b"one" if honoured else b"two")
+    honored = s3 is servers["seaweed"]
+    assert [store.put_if_absent("x", data) for data in (b"one", b"two")] == [True, not honored]
+    assert store.get("x") == (b"one" if honored else b"two")
 
 
 def test_of_many_creators_one_succeeds(servers: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"no shards at {where}: build them, or set `shards` to where they are")
     shards = open_root(settings)
     refuse(settings, plan, shards)
+    if settings.branch:
+        from chimera.train.run.check_branch import check_branch
+
+        check_branch(settings, plan, indexes, shards)
     if other := other_shards(recorded(Path(settings.save_folder)), indexes):
         say(f"warning: the shards at {where} are not those of the run in {settings.save_folder}: {other}")
     segment = plan.segment(step)
@@ -71,11 +75,11 @@ def main(argv: Sequence[str]) -> int:
         starts = np.array([indexes[ref.stream].starts for ref in refs])
         trained = learned(tokens, said, starts, segment.seq_len, tokenizer, settings) if args.mask else None
         may_start = np.ones(tokens.shape, bool) if said is None else said | ~starts[:, None]
-        colour = not args.json and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = not args.json and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for number, block in enumerate(about["blocks"]):
             mask = None if trained is None else trained[number]
             sequences, ends = (each[number].reshape(-1, segment.seq_len) for each in (tokens, may_start))
-            block["text"] = documents(sequences, ends, tokenizer, mask, colour)
+            block["text"] = documents(sequences, ends, tokenizer, mask, color)
     print(json_text(about) if args.json else "\n".join(lines(about, safe=args.mask)))
     return 0
 
@@ -127,7 +131,7 @@ def documents(
     may_start: np.ndarray,
     tokenizer: ShardsTokenizer,
     trained: np.ndarray | None = None,
-    colour: bool = False,
+    color: bool = False,
 ) -> list[list[str]]:
     """For each of a block's sequences [sequences, seq_len] the texts of its documents, whole or in part.
 
@@ -145,7 +149,7 @@ def documents(
             real = part != tokenizer.pad_id
             kept = part[real]
             if len(kept) and trained is not None:
-                texts.append(marked(kept, trained[number][places][real], tokenizer.decode, colour))
+                texts.append(marked(kept, trained[number][places][real], tokenizer.decode, color))
             elif len(kept):
                 texts.append(tokenizer.decode(kept.tolist()))
             if len(kept) < len(part):
@@ -155,7 +159,7 @@ def documents(
 
 
 def lines(about: dict[str, Any], safe: bool = False) -> list[str]:
-    """The step for people; `safe`: its texts are neutral, but for our own colours."""
+    """The step for people; `safe`: its texts are neutral, but for our own colors."""
     out = [
         f"step {about['step']}: phase {one_line(about['phase'])}, sequences of {about['seq_len']} tokens, "
         f"{len(about['blocks'])} blocks, digest {about['digest']}"

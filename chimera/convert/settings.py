@@ -168,6 +168,13 @@ class StreamSettings(Settings):
         except ValidationError:
             raise ValueError("auto, or {list: ..., role: ..., content: ...} with the names in your rows") from None
 
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str) -> str:
+        if template not in ("chatml", "tokenizer") and not template.endswith(".jinja"):
+            raise ValueError("chatml, tokenizer (the template in the tokenizer's folder) or the path of a .jinja file")
+        return template
+
     @model_validator(mode="after")
     def _conversations(self) -> "StreamSettings":
         if self.too_long != "cut" and self.packing == "concat":
@@ -178,8 +185,6 @@ class StreamSettings(Settings):
         for key, usual in USUAL.items():
             if self.format == "text" and getattr(self, key) != usual:
                 raise ValueError(f"`{key}` is for conversations (`format: chat`); this stream's format is text")
-        if self.template not in ("chatml", "tokenizer") and not self.template.endswith(".jinja"):
-            raise ValueError("`template` is chatml, tokenizer or the path of a .jinja file")
         if self.format == "chatml" and self.template != "chatml":
             raise ValueError(
                 f"`format: chatml` has its own template: for `template: {self.template}` set `format: chat`"

@@ -1,5 +1,5 @@
 """A real S3 server on loopback, behind a proxy that can answer 5xx or wait: `rclone serve s3`, which can be restarted,
-or SeaweedFS, which honours conditional creates."""
+or SeaweedFS, which honors conditional creates."""
 
 import http.client
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A real S3 server that honours conditional creates (SeaweedFS) on loopback; it reports to nobody."""
+"""A real S3 server that honors conditional creates (SeaweedFS) on loopback; it reports to nobody."""
 
 import contextlib
 import json

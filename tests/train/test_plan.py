@@ -103,7 +103,10 @@ def test_the_plot_is_a_picture(config: str, tmp_path: Path) -> None:
         (["phases.0.proportions.it=0.25"], "phase knowledge: the proportions sum to 0.9 "),
         (["phases.0.proportions.en=half"], "'half' is not a proportion"),
         (["curriculum.stages.0.seq_len=5"], "5 tokens do not divide blocks of 16; the nearest that do: 4 and 8"),
-        (["phases=[{name: p, steps: 3, proportions: {enn: 1}}]"], "stream enn has no train index"),
+        (
+            ["phases=[{name: p, steps: 3, proportions: {enn: 1}}]"],
+            r"`enn` \(in `phases`\) is not in .*, which hold chat, en, it: ",
+        ),
         (["curriculum.mode=fast"], "is 'fast'; it must be sequences or tokens"),
         (["--plot", "/nowhere/plan.png"], "--plot /nowhere/plan.png"),
     ],

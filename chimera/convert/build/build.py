@@ -274,6 +274,7 @@ def refusal(what: str, changed: list[str]) -> str:
 def summary(stream: Stream, limit: int | None) -> str:
     """What became of a stream's rows."""
     rows, train = stream.rows, stream.train
+    split, purpose = (train, "train") if train.blocks else (stream.eval, "evaluate")
     dropped = [
         f"{kind}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}"
         for kind, counts in (("filtered", rows.filtered), ("rejected", rows.rejected))
@@ -293,6 +294,6 @@ def summary(stream: Stream, limit: int | None) -> str:
     each = ", one an answer," if "each" in stream.turns else ""
     short = f", all there are (max_tokens: {limit})" if limit and train.tokens < limit else ""
     return (
-        f"{rows.documents} documents{each} of {rows.read} rows{reasons}; to train on: {train.tokens} tokens in "
-        f"{train.blocks} blocks{short}"
+        f"{rows.documents} documents{each} of {rows.read} rows{reasons}; to {purpose} on: {split.tokens} tokens in "
+        f"{split.blocks} blocks{short}"
     )

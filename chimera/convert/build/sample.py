@@ -29,7 +29,7 @@ def sample_size(words: Sequence[str]) -> int:
     return int(given[0])
 
 
-def sample(settings: BuildSettings, count: int, colour: bool = False) -> Iterator[str]:
+def sample(settings: BuildSettings, count: int, color: bool = False) -> Iterator[str]:
     """Lines that show the first `count` documents of each stream, what is trained on marked; nothing is written.
 
     Raises `UserError` for what a build refuses before it begins.
@@ -47,7 +47,7 @@ def sample(settings: BuildSettings, count: int, colour: bool = False) -> Iterato
                 yield f"── {name}, document {shown}: {length} ──"
                 # The first token is predicted by none. A text is learned whole, a conversation by `train_on`.
                 trained = [False, *(mask[1:] if mask is not None else [True] * (len(ids) - 1))]
-                yield marked(ids[:MOST_TOKENS], trained[:MOST_TOKENS], mine.decode, colour)
+                yield marked(ids[:MOST_TOKENS], trained[:MOST_TOKENS], mine.decode, color)
                 if len(ids) > MOST_TOKENS:
                     yield f"[{counted(len(ids) - MOST_TOKENS, 'more token')}]"
                 if shown == count:

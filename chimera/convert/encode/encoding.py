@@ -112,7 +112,8 @@ class Encoder:
             except OSError as error:
                 raise UserError(
                     f"tokenizer.path: {file} cannot be read ({error.strerror}): give a folder that holds a "
-                    "tokenizer.json, or make one with `python convert/train_tokenizer.py`"
+                    "tokenizer.json (`hf download NAME --local-dir FOLDER` fetches one of the hub), or make one with "
+                    "`python convert/train_tokenizer.py`"
                 ) from None
             except Exception as error:  # json's, and of `tokenizers` a bare Exception
                 raise UserError(f"{name}: not readable as a tokenizer: {error}") from None
@@ -222,7 +223,9 @@ class Encoder:
     def _special(self, key: str, token: str, origin: str) -> int:
         id_ = self.special_ids.get(token)
         if id_ is None:
-            some = ", ".join(sorted(self.special_ids)[:8]) or "none"
+            names = sorted(self.special_ids)
+            some = ", ".join(names[:8]) or "none"
+            some += f" and {len(names) - 8} more" if names[8:] else ""
             raise UserError(f"{origin}: tokenizer.{key} {token!r} is not among its added tokens (special: {some})")
         return int(id_)
 

@@ -1,11 +1,11 @@
 """When and how `tiktoken` gives the ids that `tokenizers` gives, about five times faster.
 
-tiktoken merges the neighbours whose joined bytes are the entry of the lowest id; `tokenizers` those whose merge comes
+tiktoken merges the neighbors whose joined bytes are the entry of the lowest id; `tokenizers` those whose merge comes
 first in its list; of equal ones both take the leftmost. They agree when every entry is one byte or made by a merge,
 the ids of the merges' entries never decrease along the list and belong to one entry each, and `tokenizers` makes each
-entry of its own bytes. By induction over the steps: let both have come to the same tokens, and let two neighbours
+entry of its own bytes. By induction over the steps: let both have come to the same tokens, and let two neighbors
 join to entry v. No step has merged across either end of v's bytes, so the steps between them were those that
-`tokenizers` takes on v alone; these end in v, so the two neighbours are what is there before the last of them. Hence
+`tokenizers` takes on v alone; these end in v, so the two neighbors are what is there before the last of them. Hence
 their merge is listed, and every place that joins to v has the same one. So both choose among the same places, by an
 order that is the same, and take the same. A pre-token that is an entry, which tiktoken takes as it stands, is what
 `tokenizers` makes of it. (Llama 3's list has a merge for every split of an entry; of these the last steps matter.)
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # fast). `\s+(?!\S)` fails only on a single white-space character, so what is left for the last `\s+` is one.
 BYTE_LEVEL = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 
-# `Digits` cuts out every number character first (the tokenizers of StarCoder and SmolLM): none joins its neighbours,
+# `Digits` cuts out every number character first (the tokenizers of StarCoder and SmolLM): none joins its neighbors,
 # and white space before one is as at the end of the text. Which characters those are, `_numbers` says.
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _DIGITS_THEN_BYTE_LEVEL = r"(?:[NUM]|'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|[^\s\p{L}NUM]+))|\s+(?![^\sNUM])|\s"

@@ -117,7 +117,7 @@ def _of_chatml(documents: Sequence[Document], encoder: Encoder) -> Iterator[Pair
 
 
 def _whole(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces with neighbouring texts as one."""
+    """Pieces with neighboring texts as one."""
     found: list[Piece] = []
     for piece in pieces:
         if found and isinstance(piece, bytes) and isinstance(before := found[-1], bytes):

@@ -223,7 +223,7 @@ def _row_groups(whole: Span, where: str, column: Wanted, build: BuildSettings) -
 
 
 def _group(spans: list[Span], part_bytes: int) -> list[Part]:
-    """Neighbouring spans joined to as few parts of about `part_bytes` of text as hold them, all about as large."""
+    """Neighboring spans joined to as few parts of about `part_bytes` of text as hold them, all about as large."""
     weights = [span.bytes * (DENSE if packing_of(span.file) else 1) for span in spans]
     total = max(1, sum(weights))
     count = -(-total // part_bytes)

@@ -49,6 +49,13 @@ def open_external(
         here = next((file.parent for file in files if file is not None), here)
     opened = read_tokenizer(here, document_ends or "eos")
     first = {name: first_blocks(index, ShardCache(cache), LOOKED_AT) for name, index in indexes.items()}
+    for name, blocks in first.items():
+        if (other := blocks[(blocks < 0) | (blocks >= opened.vocab_size)]).size:
+            raise UserError(
+                f"stream `{name}` at {root} holds token id {other[0]}, and the ids of {tokenizer} end at "
+                f"{opened.vocab_size - 1}: name the tokenizer they were made with (in a column of `bytes`, an id is 8 "
+                "bytes)"
+            )
     if document_ends is None:
         for name, blocks in first.items():
             if doubt := doubtful_ends(blocks, opened, special_ids(opened.path)):

@@ -20,7 +20,7 @@ from chimera.manifest import Stream
 from chimera.stores import is_remote
 from chimera.text import one_line
 from chimera.train.data.places import NAME, Places, Root, Roots
-from chimera.train.data.shards import fetch
+from chimera.train.data.shards import fetch, not_there
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -116,7 +116,9 @@ def indexes_of(roots: Mapping[str, Root], cache: str) -> dict[str, StreamIndex]:
     """The train index of each stream, in its root."""
     found = {}
     for name, root in roots.items():
-        known = root.manifest.streams.get(name) if root.manifest else None
+        if root.manifest and name not in root.manifest.streams:
+            raise UserError(f"stream `{name}` (in `phases`) {not_there(root.place, root.manifest.streams)}")
+        known = root.manifest.streams[name] if root.manifest else None
         found[name] = read_index(root.place, name, cache, known=known)
     return found
 

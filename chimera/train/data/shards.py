@@ -86,10 +86,7 @@ class Shards:
         """Raise `UserError` unless each of `streams` is at the root and holds blocks to train on."""
         for name in streams:
             if name not in self.streams:
-                raise UserError(
-                    f"stream `{name}` (in `phases`) is not in the shards at {self.where}, which hold "
-                    f"{', '.join(sorted(self.streams))}: correct the name, or build it with convert/build_shards.py"
-                )
+                raise UserError(f"stream `{name}` (in `phases`) {not_there(self.where, self.streams)}")
             if not self.streams[name].train.blocks:
                 raise UserError(f"stream `{name}` at {self.root_of(name)} has no block in its train split")
 
@@ -113,6 +110,11 @@ def held_in(shards: Manifest | Shards) -> dict[str, Fraction]:
     splits = {name: stream.train for name, stream in shards.streams.items()}
     tokens = {name: split.tokens for name, split in splits.items()}
     return densities(tokens, {name: split.blocks for name, split in splits.items()}, shards.block_len)
+
+
+def not_there(where: str, streams: Iterable[str]) -> str:
+    """What is wrong with a stream that is not among the `streams` of the shards at `where`, after its name."""
+    return f"is not in the shards at {where}, which hold {', '.join(sorted(streams))}: correct the name, or build it"
 
 
 def read_manifest(root: str, cache: str) -> tuple[Manifest, str] | None:

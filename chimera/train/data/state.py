@@ -186,12 +186,13 @@ def _other_token(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     Tokens may be added: no text trained on so far had them.
     """
     for key in ("eos_token", "pad_token"):
-        if old[key] != new[key]:
-            return f"{key} {new[key]!r} and not {old[key]!r}"
+        was, now = (each[key] or each["eos_token"] for each in (old, new))  # no pad token: EOS fills the last block
+        if was != now:
+            return f"{key} {now!r} and not {was!r}"
     if old["tokenizer"] == new["tokenizer"]:
         return None
-    was, now = (load(each["tokenizer"]).get_vocab(with_added_tokens=True) for each in (old, new))
-    other = min(was.items() - now.items(), key=lambda item: item[1], default=None)
+    ids, more = (load(each["tokenizer"]).get_vocab(with_added_tokens=True) for each in (old, new))
+    other = min(ids.items() - more.items(), key=lambda item: item[1], default=None)
     return other and f"token {other[1]}"
 
 

@@ -1,6 +1,6 @@
 """Line charts as inline SVG, drawn by matplotlib: small, legible in light and dark, for a column 420 units wide.
 
-Colours are CSS variables (`--s0` to `--s7`, `--ink`, `--soft`, `--grid`) that the page defines for both schemes; fonts
+Colors are CSS variables (`--s0` to `--s7`, `--ink`, `--soft`, `--grid`) that the page defines for both schemes; fonts
 and their size are the page's too.
 """
 
@@ -19,11 +19,11 @@ from chimera.text import amount, html, one_line
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 18, 26
 POINTS = 240  # of a line; longer ones are averaged in buckets
-COLOURS = 8
-# Matplotlib knows no variables: it draws with a colour that stands for each.
-LINES = [f"#0000{number:02x}" for number in range(COLOURS)]
+COLORS = 8
+# Matplotlib knows no variables: it draws with a color that stands for each.
+LINES = [f"#0000{number:02x}" for number in range(COLORS)]
 INK, SOFT, GRID = "#0000a0", "#0000a1", "#0000a2"
-VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid"} | {colour: f"--s{n}" for n, colour in enumerate(LINES)}
+VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid"} | {color: f"--s{n}" for n, color in enumerate(LINES)}
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "the same names every time", "text.parse_math": False}
 ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks, times powers of ten
 
@@ -35,7 +35,7 @@ class Line:
     name: str
     steps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
-    colour: int
+    color: int
     dashed: bool = False  # a planned value
     stairs: bool = False  # holds from each step to the next
     faint: bool = False  # of every step: thinned to each bucket's lowest and highest value, so that a spike stays
@@ -99,7 +99,7 @@ def legend(lines: Sequence[Line]) -> str:
     """An HTML list of the lines, each name once."""
     seen = {line.name: line for line in reversed(lines) if not line.faint}
     items = [
-        f'<li><i class="{"dash" if line.dashed else ""}" style="--c:var(--s{line.colour % COLOURS})"></i>'
+        f'<li><i class="{"dash" if line.dashed else ""}" style="--c:var(--s{line.color % COLORS})"></i>'
         f"{html(line.name)}</li>"
         for line in reversed(seen.values())
     ]
@@ -108,7 +108,7 @@ def legend(lines: Sequence[Line]) -> str:
 
 def _draw(line: Line, axes: Any, gid: str) -> None:
     steps, values = (line.steps, line.values) if line.stairs else _thin(line)
-    style: dict[str, Any] = {"color": LINES[line.colour % COLOURS], "linewidth": 2}
+    style: dict[str, Any] = {"color": LINES[line.color % COLORS], "linewidth": 2}
     if line.faint:
         style |= {"linewidth": 1, "alpha": 0.45}
     elif line.extremes:
@@ -132,13 +132,13 @@ def _inline(svg: str, label: str, titles: Sequence[str]) -> str:
 
 
 def _of_the_page(style: str) -> str:
-    """The style of an element with the page's fonts and colours."""
+    """The style of an element with the page's fonts and colors."""
     style = re.sub(r'font: [^;"]*;', "", style)
     return re.sub(r"#0000[0a]\d", lambda found: f"var({VARIABLES.get(found[0])})", style)
 
 
 def _thin(line: Line) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `POINTS` points, or pairs of them: means of buckets of neighbours, or their extremes."""
+    """At most `POINTS` points, or pairs of them: means of buckets of neighbors, or their extremes."""
     if len(line.steps) <= POINTS:
         return line.steps.astype(float), line.values
     starts = np.linspace(0, len(line.steps), POINTS, endpoint=False).astype(int)

@@ -8,8 +8,8 @@ from chimera.cli import UserError
 from chimera.text import amount, one_line
 from chimera.train.order.schedule import Plan
 
-# Okabe & Ito's colours: distinct with any colour vision, and in print
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
+# Okabe & Ito's colors: distinct with any color vision, and in print
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -25,14 +25,14 @@ def _draw(plan: Plan, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     edges = [0, *(segment.end_step for segment in plan.segments)]
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(plan.streams))]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(plan.streams))]
     figure = Figure((9, 8), layout="constrained")
     mix, length, total = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.4, 2])
 
     shares = np.array([[float(phase.proportions.get(n, 0)) for n in plan.streams] for phase in plan.phases])
     steps = [plan.phase_start(i) for i in range(len(plan.phases))] + [plan.steps]
     mix.stackplot(
-        np.repeat(steps, 2)[1:-1], np.repeat(shares, 2, axis=0).T, labels=plan.streams, colors=colours, alpha=0.85
+        np.repeat(steps, 2)[1:-1], np.repeat(shares, 2, axis=0).T, labels=plan.streams, colors=colors, alpha=0.85
     )
     for phase, share, first, end in zip(plan.phases, shares, steps, steps[1:], strict=False):
         mix.text((first + end) / 2, 1.02, one_line(phase.name), ha="center", va="bottom", fontweight="bold")
@@ -51,8 +51,8 @@ def _draw(plan: Plan, path: Path) -> None:
     length.grid(axis="y", alpha=0.3)
 
     counts = [plan.blocks_before(edge) for edge in edges]
-    for name, colour in zip(plan.streams, colours, strict=True):
-        total.plot(edges, [count[name] * plan.block_len for count in counts], color=colour, linewidth=2, label=name)
+    for name, color in zip(plan.streams, colors, strict=True):
+        total.plot(edges, [count[name] * plan.block_len for count in counts], color=color, linewidth=2, label=name)
     total.set(ylabel="tokens so far", xlabel="step", xlim=(0, plan.steps), ylim=(0, None))
     total.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
     total.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u202f")))

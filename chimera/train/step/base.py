@@ -89,7 +89,7 @@ def check_files(files: Mapping[str, bytes], where: str) -> None:
 
 
 def check_pretrained(folder: Any, shards_tokenizer: Path) -> None:
-    """Raise `UserError` if a model folder's tokenizer gives a text other ids than the shards' tokenizer does.
+    """Raise `UserError` if a model folder's tokenizer gives a text other ids than the shards' does, or is not there.
 
     Likewise where its weights are pickles alone. The shards' may have more tokens: then the model's vocabulary grows. A
     folder without a tokenizer.json passes.
@@ -98,6 +98,11 @@ def check_pretrained(folder: Any, shards_tokenizer: Path) -> None:
         raise UserError(f"setting `model.pretrained` is {folder!r}; it is the path of a folder")
     if folder is None:
         return
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"setting `model.pretrained`: there is no folder {folder}: a model of the hub is fetched with `hf download "
+            "NAME --local-dir FOLDER`"
+        )
     check_files(base_files(folder), f"setting `model.pretrained`: {folder}")
     pickles = sorted(Path(folder).glob("*.bin"))
     if pickles and not any(Path(folder).glob("*.safetensors")):

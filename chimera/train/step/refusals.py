@@ -11,7 +11,7 @@ from chimera.cli import UserError, parse_bytes
 from chimera.text import counted
 from chimera.train.data.cache import check_limit
 from chimera.train.data.external_shards import NO_PADDING, turn_end
-from chimera.train.data.shards import Shards
+from chimera.train.data.shards import Shards, not_there
 from chimera.train.order.run_plan import end_step, eval_lengths, eval_streams
 from chimera.train.order.schedule import Plan
 from chimera.train.settings import TrainSettings
@@ -63,10 +63,7 @@ def check_evaluated(settings: TrainSettings, shards: Shards) -> None:
     """Raise `UserError` where a stream of `eval.streams` cannot be evaluated; of others that is only said."""
     for name in settings.eval.streams or ():
         if name not in shards.streams:
-            raise UserError(
-                f"setting `eval.streams`: stream `{name}` is not in the shards at {shards.where}, which hold "
-                f"{', '.join(sorted(shards.streams))}: correct the name, or build it"
-            )
+            raise UserError(f"setting `eval.streams`: stream `{name}` {not_there(shards.where, shards.streams)}")
         if not shards.streams[name].eval.blocks:
             raise UserError(
                 f"setting `eval.streams`: stream `{name}` at {shards.root_of(name)} has no eval split: build it with "

@@ -58,7 +58,7 @@ def test_two_builders_one_of_them_killed_end_in_the_bytes_of_one(
 def test_both_merge_their_streams_at_the_same_moment(
     sources: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have seen that there is no manifest before either writes one; the server honours conditional writes."""
+    """Both have seen that there is no manifest before either writes one; the server honors conditional writes."""
     together, arrived = threading.Barrier(2), []
 
     def meet(request: str) -> None:

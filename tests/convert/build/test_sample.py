@@ -51,7 +51,7 @@ def test_a_sample_shows_documents_as_they_will_be_trained(config: Path, capsys: 
 
 def test_what_is_trained_is_in_color_on_a_terminal() -> None:
     assert (
-        marked([1, 2, 3], [False, True, True], lambda ids: f"{ids}\x1b", colour=True)
+        marked([1, 2, 3], [False, True, True], lambda ids: f"{ids}\x1b", color=True)
         == "[1]\ufffd\x1b[32m[2, 3]\ufffd\x1b[0m"
     )
 

@@ -66,7 +66,7 @@ def test_objects_equal_a_local_build_through_errors_and_restarts(
     builds.build_here(remote(sources, tmp_path))
     assert s3.given == 4
     assert objects(s3) == wanted
-    assert not list((tmp_path / "work").iterdir())
+    assert not (tmp_path / "work").exists()
     order = [line.partition(" ")[2].partition("?")[0] for line in s3.requests if line.startswith("PUT")]
     for stream, split in (("columns", "train"), ("chats", "eval")):
         folder = f"/bucket/{PREFIX}/{stream}/{split}"
@@ -112,7 +112,7 @@ def test_a_second_builder_elsewhere_is_refused_and_may_take_over(
 def test_of_two_builders_that_begin_at_once_one_is_refused(
     sources: Path, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both see that nobody has the claim before either takes it, on a server that honours conditional creates."""
+    """Both see that nobody has the claim before either takes it, on a server that honors conditional creates."""
     both_looked, refused = threading.Barrier(2), threading.Event()
     looks: list[str] = []
 

@@ -225,7 +225,7 @@ def test_an_index_that_the_manifest_does_not_name_is_refused(root: Path, remote:
 
 
 def test_a_misspelt_stream_is_named(remote: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stream itt has no train index at file://"):
+    with pytest.raises(UserError, match=r"stream `itt` \(in `phases`\) is not in the shards at file:"):
         dataset(remote, tmp_path / "cache", plan_for([(30, {"itt": 1})]))
 
 

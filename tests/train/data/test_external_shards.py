@@ -207,6 +207,15 @@ def test_an_end_of_documents_that_is_none_is_one_line(
         assert list(open_external(*place).tokenizer.bos) == bos
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_ids_that_the_tokenizer_has_not_are_one_line(tmp_path: Path, size: int) -> None:
+    """Whoever ends documents: bytes of another width than int64 are read as ids beyond any tokenizer's."""
+    blocks = np.full((12, LENGTH), EOS_ID, f"int{8 * size}") + (size == 8) * 1000
+    write(tmp_path / "old/web", {"tokens": "bytes"}, [{"tokens": block.tobytes()} for block in blocks])
+    with pytest.raises(UserError, match=r"stream `web` at .* holds token id \d+, and the ids of .* end at 512"):
+        open_external(f"{tmp_path}/old", f"{tmp_path}/cache", folder_of(tmp_path), ["web"], "eos")
+
+
 @pytest.mark.parametrize(("ends", "starts"), [("eos", [3, 6]), ("bos", [6]), ("none", [])])
 def test_documents_are_told_apart_as_the_setting_says(tmp_path: Path, ends: str, starts: list[int]) -> None:
     block = [BOS_ID, 9, EOS_ID, OPEN_ID, 8, EOS_ID, BOS_ID, 7]

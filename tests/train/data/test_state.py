@@ -49,6 +49,7 @@ def test_what_leaves_the_ids_as_they_are_is_no_other_tokenizer() -> None:
     check_model(about(), about() | {"tokenizer": about()["tokenizer"] + "\n"}, 5, True)
     check_model(about(), about("end pad the cat dog"), 5, True)  # of which no text trained on had one
     check_model({key: value for key, value in about().items() if key != "tokenizer"}, about("a b c"), 5, True)
+    check_model(about(pad_token="end"), about(pad_token=None), 5, True)  # shards made by others, then some of ours
 
 
 def test_more_positions_are_refused_where_they_scale_the_rotation() -> None:

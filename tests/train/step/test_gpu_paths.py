@@ -60,7 +60,7 @@ def test_bf16_trains_on_the_same_batches_and_resumes_bit_by_bit(overrides: Overr
 
 
 @pytest.mark.usefixtures("gpu")
-def test_flops_utilisation_is_logged(overrides: Overrides, tmp_path: Path) -> None:
+def test_flops_utilization_is_logged(overrides: Overrides, tmp_path: Path) -> None:
     main(overrides("run", "device_train_microbatch_tokens=512", "max_duration=14ba"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "throughput/device/mfu" in line]
