@@ -21,7 +21,7 @@ class Trained:
 
     @property
     def text(self) -> str | None:
-        """What a conversation without tools is rendered by."""
+        """The template's text that renders a conversation without tools."""
         return self.template.texts["default"] if self.template else None
 
     @property
