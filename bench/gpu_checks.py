@@ -210,7 +210,7 @@ def killed_and_resumed(runs: Runs, name: str, *options: str) -> Trained:
 def check_digests(run: Trained) -> None:
     """Raise `Failed` unless every step's digest is the one computed from plan and shards."""
     from chimera.train.history.digests import compare_digests
-    from chimera.train.history.runlog import read_run
+    from chimera.train.history.run_files import read_run
 
     found = read_run(run.folder)
     differing, unchecked = compare_digests(found)

@@ -39,7 +39,7 @@ OURS = """
 from chimera.convert.read.hub import open_hub, rows_of_hub
 from chimera.limits import Limits
 from chimera.convert.read.reading import Position
-from chimera.convert.settings import SourceSettings
+from chimera.convert.stream_settings import SourceSettings
 limits = Limits(4 << 30)
 _, spans = open_hub("s", SourceSettings(hub=name, column="text"), "text", limits)
 start = Position(*json.loads(skip)) if skip else Position()

@@ -184,6 +184,10 @@ class Manifest(Entry):
             raise ValueError(f"what it says of the source of {bad[0]!r} is damaged")
         if self.streams.keys() != self.settings["streams"].keys():
             raise ValueError("its streams are not those of its settings")
+        if bad := [
+            name for name, stream in self.streams.items() if not _is_among(stream, self.settings["streams"][name])
+        ]:
+            raise ValueError(f"the source of {bad[0]!r} is none of its settings'")
         if any(self.settings[key] != getattr(self, key) for key in ("block_len", "compression", "hash")):
             raise ValueError("what it says of all shards is not what its settings say")
         if type(self.settings["shard_bytes"]) is not int:
@@ -208,6 +212,15 @@ class Manifest(Entry):
 def _sum_of(value: Json) -> str:
     """The hash of a manifest as JSON, without the hash it holds."""
     return digest("sha256", json.dumps(value, sort_keys=True).encode())
+
+
+def _is_among(stream: Stream, settings: Any) -> bool:
+    """Whether the sources that a stream was built from are in the lists of its settings, where those have some."""
+    if not isinstance(settings, dict):  # of shards that no build made
+        return True
+    own, held_out = settings.get("sources"), settings.get("eval_sources")
+    found = [(stream.source, own or held_out), (stream.eval_source, held_out)]
+    return all(source is None or not among or source.index < len(among) for source, among in found)
 
 
 def _is_source(describe: Any) -> bool:

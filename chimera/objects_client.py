@@ -45,3 +45,13 @@ class Client(Protocol):
     def delete(self, path: str) -> None:
         """Remove the object, if it is there."""
         ...
+
+
+class Unconditional:
+    """What a client does that has no conditional writes."""
+
+    def swap(self: Client, path: str, data: bytes, etag: str | None) -> bool:
+        """One step, which does not look at the tag."""
+        del etag
+        self.write(path, data)
+        return True

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chimera.cli import UserError
-from chimera.objects_client import PIECE, Client, Entry
+from chimera.objects_client import PIECE, Client, Entry, Unconditional
 
 
 def connect(place: str, seconds: float) -> Client:
@@ -33,7 +33,7 @@ def connect(place: str, seconds: float) -> Client:
         raise UserError(f"{place} needs ~/.oci/config, or OCIFS_IAM_TYPE: {error}") from None
 
 
-class FsspecClient:
+class FsspecClient(Unconditional):
     """What is below the folder `root` of a file system of fsspec's; one that keeps listings is told to forget them."""
 
     def __init__(self, system: Any, root: str) -> None:
@@ -79,12 +79,6 @@ class FsspecClient:
         self.write(path, data)
         return True
 
-    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
-        """One step, which does not look at the tag: these clients have no other."""
-        del etag
-        self.write(path, data)
-        return True
-
     def delete(self, path: str) -> None:
         self._system.invalidate_cache()
         if self._system.exists(self._at(path)):  # on the hub a removal is a commit
@@ -98,7 +92,7 @@ def _tag(found: dict[str, Any]) -> str | None:
     return found.get("etag") or found.get("blob_id")
 
 
-class SftpClient:
+class SftpClient(Unconditional):
     """An SFTP server, whose key must be known: fsspec's client takes any server's, and waits for one without end.
 
     Raises `UserError` where the key or the server's is not as it should be, and what paramiko does.
@@ -154,12 +148,6 @@ class SftpClient:
             self._session.stat(f"/{path}")  # or the server was not up to it
             self._session.remove(part)
             return False
-        return True
-
-    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
-        """One step, which does not look at the tag: the protocol has no other."""
-        del etag
-        self.write(path, data)
         return True
 
     def delete(self, path: str) -> None:

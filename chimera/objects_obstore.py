@@ -109,29 +109,24 @@ class ObstoreClient:
         self._store.put(path, source, chunk_size=part, max_concurrency=PARTS, use_multipart=size > part)
 
     def create(self, path: str, data: bytes) -> bool:
-        try:
-            self._store.put(path, data, mode="create", use_multipart=False)
-        except AlreadyExistsError:
-            return False
-        except Exception as error:
-            if status_of(error) not in (400, 501):
-                raise
-            self._store.put(path, data, use_multipart=False)  # no such thing here
-        return True
+        return self._put_if(path, data, "create")
 
     def swap(self, path: str, data: bytes, etag: str | None) -> bool:
         found = self._store.head(path)
         if _tag(found) != etag:
             return False
-        version = {key: found[key] for key in ("e_tag", "version") if found[key]}
+        return self._put_if(path, data, {key: found[key] for key in ("e_tag", "version") if found[key]})
+
+    def _put_if(self, path: str, data: bytes, mode: Any) -> bool:
+        """Write an object on obstore's condition, without one where the store knows none; returns whether it held."""
         try:
-            self._store.put(path, data, mode=version, use_multipart=False)
-        except PreconditionError:
+            self._store.put(path, data, mode=mode, use_multipart=False)
+        except (AlreadyExistsError, PreconditionError):
             return False
         except Exception as error:
             if status_of(error) not in (400, 501):
                 raise
-            self._store.put(path, data, use_multipart=False)  # no such thing here
+            self._store.put(path, data, use_multipart=False)
         return True
 
     def delete(self, path: str) -> None:

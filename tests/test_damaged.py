@@ -12,7 +12,7 @@ import pytest
 
 from chimera.commands import build_shards, evaluate, export_hf, inspect_batch, plan, verify_shards
 from chimera.commands.train import main as train
-from chimera.train.history.runlog import read_run
+from chimera.train.history.run_files import read_run
 from chimera.train.run.start import Start, choose_start
 from chimera.train.settings import TrainSettings
 from tests.convert import builds

@@ -324,7 +324,7 @@ TABLE = [
     ("train", [TRAIN, HELD, "tokenizer=BUILT/empty"], "setting `tokenizer`: no tokenizer.json"),
     # Reports and exports
     ("report", ["BUILT/empty"], "no run in .*no config.json there"),
-    ("report", ["s3://bucket/run"], "is not a local folder"),
+    ("report", ["ftp://box/run"], "save_folder ftp://box/run cannot be used: Composer"),
     ("export_hf", ["BUILT/none.pt", "BUILT/full"], "is not empty: give a new folder"),
     ("evaluate", ["BUILT/none.pt"], "no checkpoint at .*none.pt"),
     ("evaluate", ["BUILT/text.parquet"], "no config.json beside .*: give the CONFIG of its run"),

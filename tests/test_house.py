@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each room may import those before it in its wing, and what both wings share.
 WINGS = {
-    "convert": [["settings"], ["read"], ["encode"], ["pack"], ["build", "verify"]],
+    "convert": [["stream_settings"], ["settings"], ["read"], ["encode"], ["pack"], ["build", "verify"]],
     "train": [["settings"], ["order"], ["data"], ["step"], ["run", "history"], ["export"]],
 }
 COMMANDS = re.compile(r"chimera\.commands\..*|chimera\.train\.__main__")
@@ -91,6 +91,21 @@ def test_imports_stand_at_the_top() -> None:
                     names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
                     found += [f"{module}: {name}" for name in names if not {name, name.partition(".")[0]} & WHEN_NEEDED]
     assert not found
+
+
+def test_no_decision_is_made_by_the_wall_clock() -> None:
+    """Which may go back. Those that ask it: credentials end at a time of day, a plan holds the day it was made on.
+
+    And two that show it, since when a builder has its lock and how long ago it gave a sign of life.
+    """
+    asking = re.compile(r"\b(time\.time|time_ns|localtime|gmtime|ctime|(datetime|date)\.(now|utcnow|today))\(")
+    found = {
+        path.relative_to(ROOT / "chimera").as_posix()
+        for path in (ROOT / "chimera").rglob("*.py")
+        if asking.search(path.read_text(encoding="utf-8"))
+    }
+    shown = {"convert/build/work_lock.py", "convert/build/status.py"}
+    assert found == {"objects_obstore.py", "convert/encode/probe.py"} | shown
 
 
 def test_what_is_imported_is_there() -> None:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 def own_settings(checkpoint: str, overrides: Sequence[str]) -> "TrainSettings":
     """The settings in the config.json beside a checkpoint, a file or the URI of one, under `overrides`."""
     from chimera.objects import Objects
-    from chimera.train.history.runlog import read_config
+    from chimera.train.history.run_files import read_config
 
     if is_remote(checkpoint):
         folder = checkpoint.rpartition("/")[0]

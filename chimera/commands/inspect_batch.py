@@ -49,6 +49,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"no shards at {where}: build them, or set `shards` to where they are")
     shards = open_root(settings)
     refuse(settings, plan, shards)
+    if settings.branch:
+        from chimera.train.run.check_branch import check_branch
+
+        check_branch(settings, plan, indexes, shards)
     if other := other_shards(recorded(Path(settings.save_folder)), indexes):
         say(f"warning: the shards at {where} are not those of the run in {settings.save_folder}: {other}")
     segment = plan.segment(step)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         show("\n".join(lines_of(settings, plan, about)))
     sys.stdout.flush()  # what follows takes some seconds where a model is to be looked at
-    no, look = refused(settings, plan, indexes is not None)
+    no, look = refused(settings, plan, indexes)
     for warning in [*no, *look, *warnings(settings, about), *shifts(settings, plan, held)]:
         say(f"warning: {warning}")
     return 2 if no else 0
@@ -123,21 +123,30 @@ def describe(
     }
 
 
-def refused(settings: "TrainSettings", plan: Plan, stored: bool) -> tuple[list[str], list[str]]:
+def refused(
+    settings: "TrainSettings", plan: Plan, indexes: dict[str, StreamIndex] | None
+) -> tuple[list[str], list[str]]:
     """What training would refuse beside the plan itself, and what it would warn of, in its words.
 
-    `stored`: there are shards.
+    `indexes` of the plan's streams; None: there are no shards.
     """
     from chimera.train.step.refusals import cautions, refusals
 
     found: list[UserError] = []
     shards = None
-    if stored:
+    if indexes is not None:
         try:
             shards = open_root(settings)
         except UserError as error:
             found.append(error)
-    found += refusals(settings, plan, shards, stored)
+    found += refusals(settings, plan, shards, indexes is not None)
+    if settings.branch:
+        from chimera.train.run.check_branch import check_branch
+
+        try:
+            check_branch(settings, plan, indexes, shards)
+        except UserError as error:
+            found.append(error)
     return [f"training would refuse this: {error}" for error in found], list(cautions(settings, shards))
 
 

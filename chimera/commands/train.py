@@ -22,6 +22,7 @@ from chimera.versions import check_versions, complete_composer, say_unproven
 if TYPE_CHECKING:
     from chimera.train.data.shards import Shards
     from chimera.train.order.schedule import Plan
+    from chimera.train.run.start import Start
     from chimera.train.settings import TrainSettings
 
 
@@ -91,7 +92,9 @@ def train(settings: "TrainSettings", config: Path, shards: "Shards", plan: "Plan
     plan.check_ranks(dist.get_world_size(), start.step)
     if leader:
         say_unproven()
-        say(f"starting at step {start.step} of {until.value}" + (f" from {start.path}" if start.path else ""))
+        parent = None if start.own else start.parent
+        began = f", a branch of {parent.run_name}" if parent else ""
+        say(f"starting at step {start.step} of {until.value}" + (f" from {start.path}" if start.path else "") + began)
     load_path = None
     if start.path is not None:
         load_path = str(on_this_node(start.path, folder))
@@ -100,7 +103,7 @@ def train(settings: "TrainSettings", config: Path, shards: "Shards", plan: "Plan
             held.callback(remove_copy, folder)
         run_on_ranks(partial(fetch_to_node, start.path, folder) if other_node else None)
 
-    trainer = build_trainer(settings, config, shards, plan, folder, until, load_path, start.own)
+    trainer = build_trainer(settings, config, shards, plan, folder, until, load_path, start)
     remove_copy(folder)
     code, words = 0, f"done: {until.value} steps, checkpoints and steps.jsonl in {settings.save_folder}"
     if remote:
@@ -133,13 +136,12 @@ def build_trainer(
     folder: Path,
     until: Any,
     load_path: str | None,
-    own: bool = True,
+    start: "Start",
 ) -> Any:
     """Composer's Trainer over the mixture, with everything the settings ask for.
 
     Args:
-        load_path: a checkpoint on this node; None: from nothing.
-        own: whether it is one of the run's own folder.
+        load_path: the checkpoint of `start` on this node; None: from nothing.
     """
     import torch
     from composer import DataSpec, Trainer
@@ -181,9 +183,9 @@ def build_trainer(
         model.model.get_input_embeddings().num_embeddings,
     )
     precision = precision_of(settings, on_gpu)
-    about = About(model, shards, settings, precision, plan.steps)
+    about = About(model, shards, settings, precision, plan.steps, start.parent)
     if load_path is not None:
-        check = partial(about.check, Path(load_path), own)
+        check = partial(about.check, Path(load_path), start.own)
         settings.optimizer.weight_decay_on = run_on_ranks(check if dist.get_global_rank() == 0 else None)[0]
     settings.optimizer.weight_decay_on = settings.optimizer.weight_decay_on or "matrices"  # recorded as decided
 
@@ -206,8 +208,9 @@ def build_trainer(
     tokens_at_once = microbatch(settings, plan, dist.get_world_size(), on_gpu)
     callbacks = [
         restore,
-        Monitor(plan, folder, config, tokenizer.pad_id),  # before Curriculum: it reads the batch as the loader gave it
-        about,  # likewise
+        # before Curriculum, both: they read the batch as the loader gave it
+        Monitor(plan, folder, config, tokenizer.pad_id, start.parent),
+        about,
         Curriculum(plan, rules, tokens_at_once),
         SetOptimizer(settings, plan.steps),
         SpeedMonitor(window_size=10),
@@ -225,7 +228,7 @@ def build_trainer(
         max_duration=until,
         eval_dataloader=evaluators(settings, shards, plan, rules, tokens_at_once) or None,
         callbacks=callbacks,
-        loggers=loggers(settings, folder),
+        loggers=loggers(settings, folder, start.parent),
         progress_bar=settings.progress_bar and sys.stderr.isatty(),
         log_to_console=False,
         load_path=load_path,
@@ -240,14 +243,14 @@ def build_trainer(
         dist_timeout=settings.dist_timeout,
     )
     restore.trainer = trainer
-    if not own and dist.get_global_rank() == 0:
+    if not start.own and dist.get_global_rank() == 0:
         for name in ("steps.jsonl", "metrics.jsonl", "starts.jsonl"):
             archive(folder / name, "begins anew from a checkpoint of elsewhere")
-    record(settings, shards, folder, trainer)
+    record(settings, shards, folder, trainer, start)
     return trainer
 
 
-def record(settings: "TrainSettings", shards: "Shards", folder: Path, trainer: Any) -> None:
+def record(settings: "TrainSettings", shards: "Shards", folder: Path, trainer: Any, start: "Start") -> None:
     """Store and log what the run is made of: settings, versions, the shards' digest (no secrets among them)."""
     import json
     from importlib.metadata import version
@@ -265,13 +268,14 @@ def record(settings: "TrainSettings", shards: "Shards", folder: Path, trainer: A
         "indexes": {name: stream.train.index for name, stream in shards.streams.items()},
         "ranks": dist.get_world_size(),
         "from_step": trainer.state.timestamp.batch.value,
-    }
+    } | ({"parent": start.parent.model_dump()} if start.parent else {})
     trainer.logger.log_hyperparameters(about)
     if dist.get_global_rank() == 0:
         text = json.dumps(about, indent=2, default=str) + "\n"
         write_whole(folder / "config.json", text.encode(), sync="nothing")
         with (folder / "starts.jsonl").open("a") as file:
-            file.write(json.dumps({key: about[key] for key in ("from_step", "ranks", "versions", "manifest")}) + "\n")
+            kept = ("from_step", "ranks", "versions", "manifest", "parent")
+            file.write(json.dumps({key: about[key] for key in kept if key in about}) + "\n")
 
 
 def entry() -> None:

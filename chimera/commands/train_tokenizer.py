@@ -23,7 +23,8 @@ from chimera.stores import is_remote
 
 if TYPE_CHECKING:
     from chimera.convert.read.sources import Opened
-    from chimera.convert.settings import BuildSettings, StreamSettings, TrainingSettings
+    from chimera.convert.settings import BuildSettings, TrainingSettings
+    from chimera.convert.stream_settings import StreamSettings
 
 
 def train(settings: "TrainingSettings") -> Any:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_serializer, model_validator
 
 from chimera.config import Bytes, Place, Settings, Switch, load_settings
 from chimera.text import neutral
@@ -97,6 +97,17 @@ class GenerateSettings(Settings):
     max_new_tokens: int = Field(40, ge=1, le=1 << 20, description="of each continuation, at most")
 
 
+class BranchSettings(Settings):
+    """The checkpoint of another run that this one begins with."""
+
+    origin: Root = Field(alias="from", description="a run's `save_folder`, here or in a store, or one checkpoint of it")
+    step: int | None = Field(None, ge=1, description="whose checkpoint; null: the newest")
+
+    @model_serializer
+    def _as_given(self) -> dict[str, Any]:
+        return {"from": self.origin, "step": self.step}
+
+
 class TrainSettings(Settings):
     run_name: Annotated[Text, AfterValidator(_run_name)] = Field(
         "chimera", description="the run's name, in its folder and in the trackers"
@@ -155,7 +166,8 @@ class TrainSettings(Settings):
     )
     save_interval: int = Field(1000, ge=0, description="steps between checkpoints")
     save_keep: Literal[-1] | Annotated[int, Field(ge=1)] = Field(3, description="newest checkpoints kept; -1: all")
-    load_path: Place | None = Field(None, description="a checkpoint to start from")
+    load_path: Place | None = Field(None, description="a checkpoint to start from, by its file")
+    branch: BranchSettings | None = Field(None, description="begin as a branch of another run; null: no branch")
     autoresume: Switch = Field(False, description="go on from the newest complete checkpoint of `save_folder`")
     min_start_step: int = Field(0, ge=0, description="refuse to start before it (a later phase in a file of its own)")
     eval: EvalSettings = Field(EvalSettings(), description="loss on the eval splits")
@@ -171,6 +183,12 @@ class TrainSettings(Settings):
             if "drop" in key and isinstance(value, int | float) and not 0 <= value <= 1:  # nan neither
                 raise ValueError(f"`model.{key}` is {value}; it must be from 0 to 1")
         return model
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "TrainSettings":
+        if self.branch and self.load_path:
+            raise ValueError("settings `branch` and `load_path` both say what to start from: leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _save_folder(self) -> "TrainSettings":

@@ -12,7 +12,8 @@ from chimera.commands import train_tokenizer
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.encoding import Encoder
-from chimera.convert.settings import StreamSettings, TokenizerSettings
+from chimera.convert.settings import TokenizerSettings
+from chimera.convert.stream_settings import StreamSettings
 from tests.convert.builds import ROOT
 
 PAIR = {"instruction": "Che cosa è la marea?", "input": "", "output": "La marea è il salire e scendere del mare."}

@@ -9,7 +9,7 @@ from chimera.cli import UserError
 from chimera.commands import evaluate, train
 from chimera.train.data.state import StateMismatch
 from chimera.train.history.page import page
-from chimera.train.history.runlog import read_run
+from chimera.train.history.run_files import read_run
 
 STREAMS = {"en_cosmopedia", "it_culturax", "it_instructions"}
 

@@ -14,7 +14,7 @@ from chimera.commands import export_hf, plan, report
 from chimera.commands.train import main as train
 from chimera.manifest import Stream
 from chimera.mds import ShardFormat, index_bytes, write_shard
-from chimera.train.history.runlog import read_run
+from chimera.train.history.run_files import read_run
 from chimera.train.order.run_plan import PARTS, shares_of_blocks
 from tests.convert.small_tokenizer import PAD, spec
 from tests.train.conftest import steps_of

@@ -249,7 +249,8 @@ def changes(old: Manifest | BuildPlan, settings: BuildSettings, encoder: Encoder
         found += [f"the size of {file}" for file in changed_files(source.describe)]
         if not found:
             now = planned_settings(settings.streams, name)[0].sources[source.index]
-            found += [f"streams.{name} has {file} now" for file in added_files(source.describe, now, settings)]
+            added = added_files(source.describe, now, settings)
+            found += [f"streams.{name} has {file} now, which can be a stream of its own" for file in added]
     return found
 
 

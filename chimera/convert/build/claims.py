@@ -9,6 +9,7 @@ merge of a manifest. In a store a claim is created on condition that there is no
 
 import errno
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -84,7 +85,7 @@ def _take(root: Path, names: list[str], terms: Json, held: ExitStack) -> None:
                 else:
                     check_terms(str(root), file.name, json.loads(file.read_bytes()), terms)
         for name in names:
-            (folder / name).write_text(json.dumps(terms))
+            (folder / name).write_text(json.dumps({**terms, "host": os.uname().nodename}))
     except BaseException:
         _give_up(root, taken)
         raise

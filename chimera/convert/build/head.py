@@ -13,7 +13,7 @@ from chimera.convert.encode.encoding import Encoder
 from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import Position, Wanted
 from chimera.convert.read.sources import Part, rows
-from chimera.convert.settings import StreamSettings
+from chimera.convert.stream_settings import StreamSettings
 from chimera.limits import Limits
 from chimera.text import one_line
 from chimera.tokenizer_file import gave_up

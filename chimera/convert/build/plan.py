@@ -22,7 +22,8 @@ from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.probe import chats_of
 from chimera.convert.read.reading import Span, Wanted
 from chimera.convert.read.sources import Part
-from chimera.convert.settings import BuildSettings, StreamSettings, TokenizerSettings
+from chimera.convert.settings import BuildSettings, TokenizerSettings
+from chimera.convert.stream_settings import StreamSettings
 from chimera.files import write_whole
 from chimera.manifest import ChatTemplate, EncoderPath, Source, Tokenizer
 from chimera.mds import Json, ShardFormat, digest

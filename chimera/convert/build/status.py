@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from chimera.convert.build.outputs import manifest_of, open_output
 from chimera.convert.build.part_lock import at_work
 from chimera.convert.build.part_state import COMMITS, EVAL, PartState
 from chimera.convert.build.plan import BuildPlan, StreamPlan, load_plan
-from chimera.convert.build.store_output import builder_of
 from chimera.convert.build.stream_status import StreamStatus, finished, progress_of
 from chimera.convert.build.work_lock import PATIENCE, Holder, holder_of, last_sign
-from chimera.convert.settings import CLAIMS, BuildSettings
+from chimera.convert.settings import CLAIMS, LEASE, BuildSettings
+from chimera.files import is_locked
 from chimera.manifest import Manifest
 from chimera.mds import Json
 from chimera.objects import Objects
@@ -35,8 +34,8 @@ from chimera.text import NONE, amount, duration, one_line, percent, size, table
 class BuildStatus:
     """`state` is one of `STATES`; `silent` are the seconds since the builder's last sign of life.
 
-    `seconds`: how long the builder has worked on parts.
-    `claims`: of streams in a store that other builders have begun, the names of these.
+    `seconds`: how long the builder has worked on parts. `claims`: what other builders of the output say
+    of themselves, by stream.
     """
 
     state: str
@@ -45,7 +44,7 @@ class BuildStatus:
     holder: Holder | None
     silent: float | None
     seconds: float | None
-    claims: dict[str, str]
+    claims: dict[str, Json]
     streams: dict[str, StreamStatus]
 
     def as_json(self) -> Json:
@@ -63,7 +62,7 @@ STATES = {
     "planning": "is being planned",
     "publishing": "is being published: all parts are done",
     "stopped": "is not finished, and nobody builds it: the build's command goes on",
-    "elsewhere": "is being built, or was stopped, by a builder with another `work`",
+    "elsewhere": "is being built, or was stopped, by another builder",
     "none": "is not begun",
 }
 
@@ -74,6 +73,7 @@ class StatusReader:
     def __init__(self, settings: BuildSettings) -> None:
         self._settings, self._work = settings, settings.work_folder
         self._output = open_output(settings)
+        self._store = Objects(settings.output, settings.retries)
         self._read: dict[Path, tuple[tuple[int, int], PartState]] = {}
 
     def read(self) -> BuildStatus:
@@ -107,13 +107,15 @@ class StatusReader:
                 running = [self._runs(stream, index) for index in range(len(stream.parts))] if alive else []
                 streams[name] = progress_of(stream, states[name], sum(running), start.get(name), seconds)
         wanted = self._settings.streams.keys()
-        claims = self._claims(wanted - streams.keys()) if self._settings.remote and not plan else {}
-        if claims:
-            streams = {**self._sent(), **streams}
+        mine = {name.removesuffix(EVAL) for name in plan.streams} if plan else {*streams}
+        found = self._claims() if plan or not alive else {}  # while it plans they may be the builder's own
+        claims = {name: claim for name, claim in found.items() if name not in mine}
+        sent = self._sent() if claims else {}
+        streams |= {name: StreamStatus("elsewhere", shards=sent.get(name, 0)) for name in claims if name != LEASE}
         order = [*wanted, *(f"{name}{EVAL}" for name in wanted if f"{name}{EVAL}" in streams)]
         streams = {name: streams.get(name, StreamStatus("waiting")) for name in [*order, *sorted(streams)]}
         return BuildStatus(
-            _state(plan, alive, bool(claims), streams),
+            _state(plan, alive, claims, streams),
             self._settings.output,
             str(self._work),
             holder,
@@ -122,11 +124,6 @@ class StatusReader:
             claims,
             streams,
         )
-
-    def _claims(self, streams: Collection[str]) -> dict[str, str]:
-        """Which of the streams are claimed in the store, each with the name of its builder."""
-        found = {name: self._output.read(f"{CLAIMS}/{name}") for name in sorted(streams)}
-        return {name: builder_of(data) or "?" for name, data in found.items() if data is not None}
 
     def _start(self) -> tuple[dict[str, float], float | None]:
         """How far each stream was when the builder started on parts, and when that was."""
@@ -153,12 +150,23 @@ class StatusReader:
             return at_work(stream.part_folder(self._work, index))
         return False
 
-    def _sent(self) -> dict[str, StreamStatus]:
-        """What of the output's streams has reached the store."""
-        store = Objects(self._settings.output, self._settings.retries)
-        keys = [entry.key.split("/") for entry in store.list()]
-        shards = Counter(parts[0] for parts in keys if len(parts) == 3 and parts[2].startswith("shard."))
-        return {name: StreamStatus("begun", shards=count) for name, count in sorted(shards.items())}
+    def _claims(self) -> dict[str, Json]:
+        """What builders say of themselves in the output, by the stream that they build."""
+        if self._settings.remote:
+            keys = [LEASE, *(entry.key for entry in self._store.list(CLAIMS))]
+            found = {key: self._store.find(key) for key in keys}
+            return {key.removeprefix(f"{CLAIMS}/"): _value(data) for key, data in found.items() if data is not None}
+        claims = {}
+        for file in Path(self._settings.output, CLAIMS).glob("[!.]*"):
+            with suppress(OSError):  # it has just gone, or is another user's
+                if is_locked(file):
+                    claims[file.name] = _value(file.read_bytes())
+        return claims
+
+    def _sent(self) -> Counter[str]:
+        """Shards of the output's streams that are there."""
+        keys = [entry.key.split("/") for entry in self._store.list()] if self._settings.remote else []
+        return Counter(parts[0] for parts in keys if len(parts) == 3 and parts[2].startswith("shard."))
 
 
 def lines_of(status: BuildStatus) -> list[str]:
@@ -166,7 +174,9 @@ def lines_of(status: BuildStatus) -> list[str]:
     lines = [f"{status.output} {STATES[status.state]}"]
     if status.holder and status.silent is not None:
         lines.append(f"by {status.holder}; its last sign of life was {duration(status.silent)} ago")
-    lines += [f"{name} is claimed by builder {one_line(builder)}" for name, builder in sorted(status.claims.items())]
+    for name, claim in sorted(status.claims.items()):
+        what = "all streams" if name == LEASE else name
+        lines.append(f"{what}: of another builder, on {one_line(claim.get('host', 'a machine that it does not say'))}")
     rows = [_row(name.replace(EVAL, " (eval_sources)"), stream) for name, stream in status.streams.items()]
     heads = ["stream", "parts", "running", "at", "of", "", "rate", "left", "documents", "tokens", "shards"]
     lines += table(heads, rows)
@@ -190,11 +200,11 @@ def _row(name: str, stream: StreamStatus) -> list[str]:
     return [name, *place, amount(stream.documents), amount(stream.tokens), str(stream.shards)]
 
 
-def _state(plan: BuildPlan | None, alive: bool, claimed: bool, streams: dict[str, StreamStatus]) -> str:
+def _state(plan: BuildPlan | None, alive: bool, claims: dict[str, Json], streams: dict[str, StreamStatus]) -> str:
     if plan is None:
         if all(stream.state == "finished" for stream in streams.values()):
             return "finished"
-        return "planning" if alive else "elsewhere" if claimed else "none"
+        return "planning" if alive else "elsewhere" if claims else "none"
     if not alive:
         return "stopped"
     if plan.clearing:
@@ -214,3 +224,11 @@ def _alive(holder: Holder, silent: float) -> bool:
     except PermissionError:  # another user's
         pass
     return True
+
+
+def _value(data: bytes) -> Json:
+    with suppress(ValueError):
+        found = json.loads(data)
+        if isinstance(found, dict):
+            return {key: value for key, value in found.items() if key in ("builder", "host")}
+    return {}

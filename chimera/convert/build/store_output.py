@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
@@ -44,7 +45,7 @@ class StoreOutput:
         begun = self._builder() is not None
         if not begun:
             write_whole(work / BUILDER, secrets.token_hex(8).encode())
-        claim = json.dumps({"builder": self._builder(), "terms": terms}).encode()
+        claim = json.dumps({"builder": self._builder(), "host": os.uname().nodename, "terms": terms}).encode()
         held = self._has_lease(rebuild)
         try:
             for name in sorted(streams):

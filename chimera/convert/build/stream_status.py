@@ -22,7 +22,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class StreamStatus:
-    """A stream's `state` is `finished`, `begun` or `waiting`.
+    """A stream's `state` is `finished`, `begun`, `waiting`, or `elsewhere`: another builder's.
 
     `at` and `total` are bytes of its sources, or with `max_tokens` tokens, as `unit` says; null of a finished
     stream. `rate` is of them a second, `left` seconds; null where nothing has moved yet or no builder is at work.

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from chimera.convert.encode.texts import Reject, Texts, blank, pieces, utf8
 from chimera.convert.read.columns import ANSWERS, BESIDE, LISTS, OTHER_LISTS, OTHER_PAIRS, PROMPTS
 from chimera.convert.read.parsing import Dropped, parse_json
-from chimera.convert.settings import ROLES, MessageKeys
+from chimera.convert.stream_settings import ROLES, MessageKeys
 
 _NAMES = {role: role for role in ROLES}
 _NAMES |= {"human": "user", "gpt": "assistant", "model": "assistant", "function": "tool", "prompter": "user"}

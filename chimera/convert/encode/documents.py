@@ -14,7 +14,7 @@ from chimera.convert.read.parsing import Dropped
 from chimera.convert.read.reading import Wanted
 
 if TYPE_CHECKING:
-    from chimera.convert.settings import StreamSettings
+    from chimera.convert.stream_settings import StreamSettings
 
 _SHAPES_OF_OLD = ("messages", "instruction/output")  # go without saying: a build of these alone has its old manifest
 

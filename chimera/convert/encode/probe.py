@@ -17,7 +17,8 @@ from chimera.convert.encode.texts import Reject
 from chimera.manifest import ChatTemplate
 
 if TYPE_CHECKING:
-    from chimera.convert.settings import BuildSettings, StreamSettings
+    from chimera.convert.settings import BuildSettings
+    from chimera.convert.stream_settings import StreamSettings
 
 _WORDS = ("alfa", "bravo", "charlie", "delta", "echo")
 _TURNS = [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, _WORDS[1:], strict=True)]

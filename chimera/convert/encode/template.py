@@ -17,7 +17,8 @@ from chimera.text import one_line
 from chimera.tokenizer_file import FILES, file_of, read_json, with_tokens
 
 if TYPE_CHECKING:
-    from chimera.convert.settings import BuildSettings, StreamSettings, TokenizerSettings
+    from chimera.convert.settings import BuildSettings, TokenizerSettings
+    from chimera.convert.stream_settings import StreamSettings
 
 Message = dict[str, Any]
 _GENERATION = re.compile(r"{%[-+]?\s*generation\b")

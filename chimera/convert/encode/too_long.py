@@ -8,7 +8,7 @@ import numpy as np
 from chimera.mds import Array
 
 if TYPE_CHECKING:
-    from chimera.convert.settings import StreamSettings
+    from chimera.convert.stream_settings import StreamSettings
 
 TOO_FEW = "too_few_tokens"
 Fitted = tuple[Array, Array | None, str | None]  # ids, mask, and what was done as it is longer than a block

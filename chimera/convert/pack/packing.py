@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from chimera.convert.settings import PACKINGS
+from chimera.convert.stream_settings import PACKINGS
 
 MOST_WAITING = 1 << 24  # tokens of a window, so that long blocks keep within a worker's memory
 Array = NDArray[Any]

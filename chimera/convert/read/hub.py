@@ -30,7 +30,7 @@ from chimera.convert.read.columns import check_columns
 from chimera.convert.read.range_file import RangeFile
 from chimera.convert.read.readers import reader_of
 from chimera.convert.read.reading import Position, Row, Span, Wanted, kind_of
-from chimera.convert.settings import SourceSettings
+from chimera.convert.stream_settings import SourceSettings
 from chimera.limits import Limits
 from chimera.mds import Json
 from chimera.retries import OPENING, Retries

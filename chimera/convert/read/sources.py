@@ -20,7 +20,8 @@ from chimera.convert.read.readers import open_span, reader_of, rows_of_file
 from chimera.convert.read.reading import Position, Row, Span, Wanted, kind_of, packing_of
 from chimera.convert.read.store_files import changed, entries_now
 from chimera.convert.read.text_files import DENSE, KINDS, Listing, rows_of_texts
-from chimera.convert.settings import BuildSettings, SourceSettings, StreamSettings
+from chimera.convert.settings import BuildSettings
+from chimera.convert.stream_settings import SourceSettings, StreamSettings
 from chimera.limits import Limits
 from chimera.mds import Json
 from chimera.objects_client import Entry

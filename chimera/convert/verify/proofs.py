@@ -8,7 +8,7 @@ from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.proof_lines import stored
 from chimera.convert.encode.template import Renderer
 from chimera.convert.encode.texts import Reject
-from chimera.convert.settings import StreamSettings
+from chimera.convert.stream_settings import StreamSettings
 from chimera.convert.verify.root import Root, VerifyError
 from chimera.manifest import Manifest
 from chimera.proof_file import name_of, unpack

@@ -11,7 +11,7 @@ from chimera.train.history.runlog import Run
 
 def figures(run: Run) -> str:
     """All of them."""
-    return "".join([_mix(run), _distance(run), _loss(run), _eval(run), _lengths(run), _speed(run)])
+    return "".join([mix(run), _distance(run), _loss(run), _eval(run), _lengths(run), _speed(run)])
 
 
 def ranks(start: dict[str, int]) -> str:
@@ -19,20 +19,26 @@ def ranks(start: dict[str, int]) -> str:
     return counted(start["ranks"], "rank")
 
 
-def _mix(run: Run) -> str:
+def mix(run: Run, title: str = "Mix", steps: int | None = None, top: float | None = None) -> str:
+    """The card of a run's mix; its axes go to `steps` and to the share `top`, by default to the plan's."""
     realised, planned = [], []
     for number, (phase, (first, end)) in enumerate(zip(run.plan.phases, run.phase_spans(), strict=True)):
-        steps, shares = run.shares(number)
+        done, shares = run.shares(number)
         for index, stream in enumerate(run.plan.streams):
             share = float(phase.proportions.get(stream, 0))
-            realised.append(Line(stream, steps, shares[:, index], index))
+            realised.append(Line(stream, done, shares[:, index], index))
             ends = np.array([first, end]), np.array([share, share])
             planned.append(Line("planned", *ends, index, dashed=True))
     lines = [*realised, *planned]
-    top = max([0.05, *(float(share) for phase in run.plan.phases for share in phase.proportions.values())])
     note = "Share of the positions since the phase began, against the plan. Triangles: where the run was started."
-    bounds = (0, min(1.0, top * 1.15))
-    return _figure(run, "Mix", note, "share of each stream", lines, lambda value: f"{100 * value:.0f} %", bounds)
+    bounds = (0, min(1.0, (top or largest_share(run)) * 1.15))
+    show = lambda value: f"{100 * value:.0f} %"
+    return _figure(run, title, note, "share of each stream", lines, show, bounds, steps=steps)
+
+
+def largest_share(run: Run) -> float:
+    """The largest proportion of a stream in a phase of the plan."""
+    return max([0.05, *(float(share) for phase in run.plan.phases for share in phase.proportions.values())])
 
 
 def _distance(run: Run) -> str:
@@ -63,16 +69,21 @@ def _between(values: Sequence[int]) -> str:
 
 
 def _loss(run: Run) -> str:
+    note = "Mean over the trained tokens of each global batch. It jumps where the mix or the length changes."
+    return _figure(run, "Training loss", note, "training loss", loss_lines(run, 0))
+
+
+def loss_lines(run: Run, color: int, name: str | None = None) -> list[Line]:
+    """The training loss: of each step, and where there are many its mean over some; `name` instead of what they are."""
     there = ~np.isnan(run.loss)  # the others had no token to train on
     steps, loss, weight = run.steps[there], run.loss[there], run.trained[there].astype(np.float64)
     window = max(1, len(loss) // 60)
-    lines = [Line("each step", steps, loss, 0, faint=window > 1)]
+    lines = [Line(name or "each step", steps, loss, color, faint=window > 1)]
     if window > 1:
         ones = np.ones(window)
         smooth = np.convolve(loss * weight, ones, "valid") / np.convolve(weight, ones, "valid")
-        lines.append(Line(f"mean of {window} steps", steps[window - 1 :], smooth, 0))
-    note = "Mean over the trained tokens of each global batch. It jumps where the mix or the length changes."
-    return _figure(run, "Training loss", note, "training loss", lines)
+        lines.append(Line(name or f"mean of {window} steps", steps[window - 1 :], smooth, color))
+    return lines
 
 
 def _eval(run: Run) -> str:
@@ -107,12 +118,20 @@ def _figure(
     bounds: tuple[float, float] | None = None,
     ticks: Sequence[float] = (),
     named: bool = True,
+    steps: int | None = None,
 ) -> str:
     """A card with a chart over the run's steps, its phases and starts marked; `named`: with a legend.
 
-    `label`, `lines`, `show`, `bounds` and `ticks` are those of `chart`.
+    `label`, `lines`, `show`, `bounds` and `ticks` are those of `chart`; so is `steps`, by default the plan's.
     """
     cuts = [(first, phase.name) for phase, (first, _) in zip(run.plan.phases, run.phase_spans(), strict=True)]
     marks = [(s["from_step"], f"start at step {s['from_step']} on {ranks(s)}") for s in run.starts]
-    svg = chart(f"{label} over steps", lines, run.plan.steps, show, bounds, cuts, marks, ticks)
-    return f"<section><h2>{title}</h2><p>{note}</p>{svg}{legend(lines) if named else ''}</section>"
+    if run.parent:
+        marks.append((run.parent["step"], f"branch of {run.origin}"))
+    svg = chart(f"{label} over steps", lines, steps or run.plan.steps, show, bounds, cuts, marks, ticks)
+    return card(title, note, svg, lines if named else ())
+
+
+def card(title: str, note: str, svg: str, named: Sequence[Line] = ()) -> str:
+    """A chart with its title, a note and the names of lines; title and note are HTML."""
+    return f"<section><h2>{title}</h2><p>{note}</p>{svg}{legend(named) if named else ''}</section>"

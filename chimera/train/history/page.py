@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from chimera.text import NONE, amount, decimal, html, percent, size, span
 from chimera.train.data.places import shown
+from chimera.train.history.facts import LAST, last_loss
 from chimera.train.history.figures import figures, ranks
 from chimera.train.history.runlog import MixRow, Run, StageRow
 
@@ -21,6 +22,7 @@ h1{font-size:24px;margin:0 0 2px}h2{font-size:17px;margin:0 0 2px}p{margin:0 0 8
 .tiles,.grid{display:grid;gap:14px;margin:18px 0}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
 .grid{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
+.rows{grid-template-columns:minmax(0,1fr)}
 section,.tiles>div{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:12px 14px;min-width:0}
 .tiles b{display:block;font-size:21px;line-height:1.25}.tiles span{color:var(--soft);font-size:13px}
 .good b{color:var(--good)}.bad b{color:var(--bad)}
@@ -41,9 +43,11 @@ dl{margin:0}dt{color:var(--soft);font-size:13px}dd{margin:0 0 6px}
 """
 
 
-def page(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
-    """The page of a run; `differing` are steps whose digest is not the plan's, `unchecked` why none was computed."""
-    name = html(run.settings.run_name)
+def page(run: Run, differing: Sequence[int], unchecked: str | None, again: int | None = None) -> str:
+    """The page of a run; `differing` are steps whose digest is not the plan's, `unchecked` why none was computed.
+
+    `again`: seconds after which a browser reads it again.
+    """
     tables = "".join(
         [
             _table_of_mix(run.mix()),
@@ -55,12 +59,18 @@ def page(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
             _data(run, differing, unchecked),
         ]
     )
+    body = f'<div class="tiles">{_tiles(run, differing, unchecked)}</div>'
+    body += f'<div class="grid">{figures(run)}</div><div class="grid">{tables}</div>'
+    return frame(html(run.settings.run_name), _summary(run), body, again)
+
+
+def frame(title: str, note: str, body: str, again: int | None = None) -> str:
+    """A whole page; all is HTML. `again`: seconds after which a browser reads it again."""
+    refresh = f'<meta http-equiv="refresh" content="{again}">' if again else ""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{STYLE}</style><body><h1>{name}</h1><p>{_summary(run)}</p>"
-        f'<div class="tiles">{_tiles(run, differing, unchecked)}</div>'
-        f'<div class="grid">{figures(run)}</div><div class="grid">{tables}</div></body></html>\n'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">{refresh}'
+        f"<style>{STYLE}</style><body><h1>{title}</h1><p>{note}</p>{body}</body></html>\n"
     )
 
 
@@ -90,7 +100,8 @@ def worst(rows: Iterable[MixRow]) -> float | None:
 def _summary(run: Run) -> str:
     phases = ", then ".join(f"{html(p.name)} ({p.steps} steps)" for p in run.plan.phases)
     lengths = ", ".join(str(n) for n in dict.fromkeys(s.seq_len for s in run.plan.segments))
-    return f"{phases}; sequences of {lengths} tokens"
+    branch = f"; a branch of {html(run.origin)}" if run.parent else ""
+    return f"{phases}; sequences of {lengths} tokens{branch}"
 
 
 def _tiles(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
@@ -101,19 +112,18 @@ def _tiles(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         check = ("bad", str(len(differing)), f"steps are not the plan's, the first is {differing[0]}")
     else:
         check = ("good", f"{len(run.digests)} of {len(run.digests)}", f"steps{run.since} have the plan's digest")
-    last = run.mean_loss(slice(-10, None)) if len(run.loss) else None
     tiles = [
         ("", f"{run.done:,} of {run.plan.steps:,}", "steps"),
         ("", amount(run.tokens), "tokens"),
         *([("", percent(1 - run.tokens / run.positions), "of the positions are padding")] if padded(run) else []),
-        ("", decimal(last), "loss, mean of the last 10 steps"),
+        ("", decimal(last_loss(run)), f"loss, mean of the last {LAST} steps"),
         ("", decimal(off, 2), "blocks a stream was off its share at most"),
         check,
     ]
     return "".join(f'<div class="{kind}"><b>{value}</b><span>{label}</span></div>' for kind, value, label in tiles)
 
 
-def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", text: int = 1) -> str:
+def html_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", text: int = 1) -> str:
     """A card with a table; the first `text` columns are aligned left. Cells are escaped here."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
@@ -137,7 +147,7 @@ def _table_of_mix(rows: Sequence[MixRow]) -> str:
     note = "Shares of the positions; of the tokens, which padding is none of. "
     note += "Off: blocks the stream was away from its share at most, at any step."
     heads = ("stream", "phase", "planned", "realized", "of the tokens", "off")
-    return _table("Planned and realized mix", heads, cells, note, 2)
+    return html_table("Planned and realized mix", heads, cells, note, 2)
 
 
 def _table_of_stages(rows: Sequence[StageRow], since: str) -> str:
@@ -154,7 +164,7 @@ def _table_of_stages(rows: Sequence[StageRow], since: str) -> str:
     ]
     note = f"A phase at one sequence length{since and f', counted{since}'}. "
     note += "Loss: mean over its trained tokens, and over those of its last tenth of steps."
-    return _table("Stages", ("stage", "steps", "tokens", "loss", "at its end"), cells, note)
+    return html_table("Stages", ("stage", "steps", "tokens", "loss", "at its end"), cells, note)
 
 
 def _table_of_evals(run: Run) -> str:
@@ -165,7 +175,7 @@ def _table_of_evals(run: Run) -> str:
     ]
     last = max((int(steps[-1]) for steps, _ in run.evals.values()), default=0)
     note = f"Mean over each stream's eval split after step {last}, by sequence length."
-    return _table("Loss of each stream", ["stream", *map(str, lengths)], cells, note)
+    return html_table("Loss of each stream", ["stream", *map(str, lengths)], cells, note)
 
 
 def _table_of_passes(run: Run) -> str:
@@ -173,7 +183,7 @@ def _table_of_passes(run: Run) -> str:
         (stream, f"{stored:,}", decimal(so_far, 2), decimal(in_all, 2))
         for stream, stored, so_far, in_all in run.passes()
     ]
-    return _table("Passes over the data", ("stream", "blocks stored", "so far", "at the plan's end"), cells)
+    return html_table("Passes over the data", ("stream", "blocks stored", "so far", "at the plan's end"), cells)
 
 
 def _table_of_starts(run: Run) -> str:
@@ -181,12 +191,12 @@ def _table_of_starts(run: Run) -> str:
         (str(start["from_step"]), ranks(start), start.get("versions", {}).get("torch", NONE)) for start in run.starts
     ]
     note = "Every start of the run: the first, and each resume with its ranks."
-    return _table("Starts and topologies", ("from step", "on", "torch"), cells, note)
+    return html_table("Starts and topologies", ("from step", "on", "torch"), cells, note)
 
 
 def _table_of_checkpoints(run: Run) -> str:
     cells = [(name, str(step), size(held)) for step, name, held in run.checkpoints]
-    return _table("Checkpoints kept", ("file", "step", "size"), cells)
+    return html_table("Checkpoints kept", ("file", "step", "size"), cells)
 
 
 def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
@@ -202,10 +212,14 @@ def _data(run: Run, differing: Sequence[int], unchecked: str | None) -> str:
         check += f"; {untrained(run)}"
     if run.missing:
         check += f"; {lost(run)}"
+    parent = ""
+    if run.parent:
+        parent = f"<dt>branch of {html(run.origin)}</dt><dd><code>{html(run.parent['checkpoint'])}</code></dd>"
+        parent += f"<dt>its checkpoint, SHA-256</dt><dd><code>{html(run.parent['digest'])}</code></dd>"
     versions = ", ".join(f"{html(k)} {html(v)}" for k, v in run.about.get("versions", {}).items())
     return (
         "<section><h2>Data</h2><dl>"
-        f"<dt>shards</dt><dd><code>{html(shown(run.settings.shards))}</code></dd>"
+        f"{parent}<dt>shards</dt><dd><code>{html(shown(run.settings.shards))}</code></dd>"
         f"<dt>manifest, SHA-256</dt><dd><code>{html(run.about.get('manifest'))}</code></dd>"
         f"<dt>digests of steps {run.first} to {max(0, run.done - 1)}, SHA-256 over all</dt>"
         f"<dd><code>{run.digest}</code></dd>"

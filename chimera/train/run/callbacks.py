@@ -18,6 +18,7 @@ from chimera.train.data.proofs import proofs_of
 from chimera.train.data.shards import Shards
 from chimera.train.data.state import StateMismatch, check_model, check_weights
 from chimera.train.run.checkpoint_file import read_checkpoint
+from chimera.train.run.checkpoint_schema import Parent
 from chimera.train.settings import TrainSettings
 from chimera.train.step.base import base_files
 from chimera.train.step.model import CausalLM
@@ -83,23 +84,25 @@ class About(Callback):
     `export_hf.py` needs it, so that the one file is enough, and a start compares it with its own (`check`).
     """
 
-    def __init__(self, model: CausalLM, shards: Shards, settings: TrainSettings, precision: str, steps: int) -> None:
-        config, base = model.model.config, settings.model.get("pretrained")
+    def __init__(
+        self,
+        model: CausalLM,
+        shards: Shards,
+        settings: TrainSettings,
+        precision: str,
+        steps: int,
+        parent: Parent | None = None,
+    ) -> None:
+        base = settings.model.get("pretrained")
         self.weights = set(model.state_dict())
         self.settings = settings
         self.eos_id = shards.tokenizer.eos_id
         self.about: dict[str, Any] = {
-            "model_config": json.dumps(with_both_names(json.loads(config.to_json_string(use_diff=False)))),
-            "tokenizer": shards.tokenizer.path.read_text(encoding="utf-8"),
-            "eos_token": shards.tokenizer.eos_token,
-            "pad_token": shards.tokenizer.pad_token,
+            **meaning(model.model.config, shards, settings),
             "bos": list(shards.tokenizer.bos),
             "block_len": shards.block_len,
             "rotary": frequencies(model.model),
             "run_name": settings.run_name,
-            "train_on": settings.train_on,
-            "document_mask": settings.document_mask,
-            "document_ends": shards.tokenizer.document_ends,
             "sources": {name: stream.source.model_dump() for name, stream in shards.streams.items()},
             "templates": {name: kept_template(stream) for name, stream in shards.streams.items()},
             "precision": precision,
@@ -107,6 +110,7 @@ class About(Callback):
             "base": base and {"name": Path(base).resolve().name, "files": base_files(base)},
             "proofs": proofs_of(shards, settings.cache),
             "samples": [],
+            "parent": parent and parent.model_dump(),
         }
 
     def check(self, path: Path, own: bool) -> str:
@@ -158,6 +162,19 @@ class About(Callback):
         if len(samples) < SAMPLES:
             blocks = state.batch["tokens"][: SAMPLES - len(samples)].tolist()
             samples += [one_document(block, self.eos_id) for block in blocks]
+
+
+def meaning(config: Any, shards: Shards, settings: TrainSettings) -> dict[str, Any]:
+    """What a checkpoint's weights mean, as `check_model` compares it; `config` is transformers' of the model."""
+    return {
+        "model_config": json.dumps(with_both_names(json.loads(config.to_json_string(use_diff=False)))),
+        "tokenizer": shards.tokenizer.path.read_text(encoding="utf-8"),
+        "eos_token": shards.tokenizer.eos_token,
+        "pad_token": shards.tokenizer.pad_token,
+        "train_on": settings.train_on,
+        "document_mask": settings.document_mask,
+        "document_ends": shards.tokenizer.document_ends,
+    }
 
 
 def one_document(block: list[int], eos_id: int, most: int = 256) -> list[int]:

@@ -124,6 +124,16 @@ class Optimizer(Part):
     weight_decay_on: str | None = None
 
 
+class Parent(Part):
+    """The checkpoint that a branch began with."""
+
+    address: str  # as the config named it: a run's folder, or the checkpoint
+    checkpoint: str  # its file or URI
+    step: Count
+    digest: str  # SHA-256 of the file
+    run_name: str
+
+
 class About(Part):
     """What `callbacks.About` keeps of the run."""
 
@@ -147,6 +157,7 @@ class About(Part):
     proofs: dict[str, list[Line]] = {}
     samples: list[list[Count]] = []
     optimizer: Optimizer = Optimizer()
+    parent: Parent | None = None
 
 
 class Checkpoint(Part):

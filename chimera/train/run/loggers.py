@@ -18,6 +18,7 @@ from composer.utils import dist
 
 from chimera.cli import UserError, say
 from chimera.text import one_line
+from chimera.train.run.checkpoint_schema import Parent
 from chimera.train.run.monitor import MetricsFile
 from chimera.train.settings import TrainSettings
 from chimera.versions import install
@@ -46,9 +47,9 @@ SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
 MLFLOW_THREADS = ("mlflow.utils.async_logging.async_logging_queue", "mlflow.system_metrics.system_metrics_monitor")
 
 
-def loggers(settings: TrainSettings, folder: Path) -> list[LoggerDestination]:
-    """`metrics.jsonl` always, and the trackers named in `loggers`."""
-    return [MetricsFile(folder), Trackers(settings, folder)]
+def loggers(settings: TrainSettings, folder: Path, parent: Parent | None = None) -> list[LoggerDestination]:
+    """`metrics.jsonl` always, and the trackers named in `loggers`; `parent` is that of a branch."""
+    return [MetricsFile(folder), Trackers(settings, folder, parent)]
 
 
 class Trackers(LoggerDestination):
@@ -59,10 +60,11 @@ class Trackers(LoggerDestination):
     Args:
         settings: of the run; rank 0's `loggers` count.
         folder: the run's local one.
+        parent: of a branch, which each tracker is told of.
     """
 
-    def __init__(self, settings: TrainSettings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: TrainSettings, folder: Path, parent: Parent | None = None) -> None:
+        self.settings, self.folder, self.parent = settings, folder, parent
         self.opened: dict[str, LoggerDestination] = {}
         self.warned: set[str] = set()
         starts = folder / "starts.jsonl"
@@ -119,19 +121,25 @@ class Trackers(LoggerDestination):
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's of itself, to a server that is away
-        run = self.settings.run_name
+        run, parent = self.settings.run_name, self.parent
+        origin = f"branch of {parent.run_name} at step {parent.step}: {parent.checkpoint}" if parent else ""
         try:
             tracker: LoggerDestination
             if name == "tensorboard":
                 tracker = TensorboardLogger(log_dir=str(self.folder / "tensorboard"))
             elif name == "wandb":
                 # one name, one run: a resumed run goes on in the same curves
-                tracker = OneRankWandB(name=run, init_kwargs={"id": run, "resume": "allow"})
+                group = {"group": parent.run_name} if parent and "WANDB_RUN_GROUP" not in os.environ else {}
+                about = {"notes": origin, **group} if parent else {}
+                tracker = OneRankWandB(name=run, init_kwargs={"id": run, "resume": "allow", **about})
             else:
                 for thread in MLFLOW_THREADS:
                     logging.getLogger(thread).filters[:] = [self._heard]
-                tracker = OneRankMLflow(experiment_name=run, run_name=run, resume=True)
+                tags = {"branch": origin} if parent else None
+                tracker = OneRankMLflow(experiment_name=run, run_name=run, resume=True, tags=tags)
             tracker.init(state, logger)
+            if parent and isinstance(tracker, TensorboardLogger) and tracker.writer is not None:
+                tracker.writer.add_text("branch", origin, parent.step)
         except Exception as error:  # each client has its own kinds
             raise UserError(
                 f"logger {name} cannot be opened ({words(error)}): {REMEDIES[name]}, or take it out of `loggers`"

@@ -6,6 +6,7 @@ Writes `SAVE_FOLDER/steps.jsonl`, one line a step:
     trained, loss                tokens that a loss is computed for, and its mean over them; null without any
     streams, stream_tokens       positions and tokens of each stream
     realised, planned            positions of each stream since the phase began, and what is due of them
+    parent                       of a branch's first step alone: the checkpoint it began with
 
 It logs the same, and stops the run when a stream strays from its target, when the loss is not finite, or when the data
 is not what the plan says.
@@ -28,6 +29,7 @@ from chimera.cli import UserError, say
 from chimera.files import open_whole
 from chimera.text import counted
 from chimera.train.order.schedule import Plan
+from chimera.train.run.checkpoint_schema import Parent
 from chimera.train.step.collate import StepInfo, real_tokens, trained_tokens
 
 
@@ -39,12 +41,12 @@ class Monitor(Callback):
         folder: local folder for `steps.jsonl`.
         config: the config's path, for the messages.
         pad_id: what is no token.
+        parent: of a branch, which the first step it logs names.
     """
 
-    def __init__(self, plan: Plan, folder: Path, config: Path, pad_id: int) -> None:
-        self.plan, self.pad_id = plan, pad_id
+    def __init__(self, plan: Plan, folder: Path, config: Path, pad_id: int, parent: Parent | None = None) -> None:
+        self.plan, self.pad_id, self.config, self.parent = plan, pad_id, config, parent
         self.path = folder / "steps.jsonl"
-        self.config = config
         self.file: Any = None
         self.realised: dict[str, int] = {}  # positions of each stream since the phase began
         self.planned: dict[str, float] = {}  # its proportion of them
@@ -169,6 +171,8 @@ class Monitor(Callback):
                 "realised": self.realised,
                 "planned": self.planned,
             }
+            if self.parent and info.step == self.parent.step:
+                line["parent"] = self.parent.model_dump()
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 

@@ -19,7 +19,8 @@ PULSE = 1.0  # seconds between looks at the others
 # Settings that a node may have of its own: where things are, how data arrives, what rank 0 alone does.
 OF_A_NODE = {
     *("shards", "cache", "cache_limit", "num_workers", "predownload", "tokenizer", "model.pretrained"),
-    *("save_folder", "load_path", "loggers", "progress_bar", "dist_timeout", "tokens_per_second", "max_passes"),
+    *("save_folder", "load_path", "branch", "loggers", "progress_bar", "dist_timeout"),
+    *("tokens_per_second", "max_passes"),
 }
 
 

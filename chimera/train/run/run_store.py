@@ -30,16 +30,16 @@ class RunStore:
         self._objects = Objects(self.uri)
 
     @cached_property
-    def names(self) -> set[str]:
-        """The names below the prefix; raises `UserError` where they cannot be listed."""
+    def sizes(self) -> dict[str, int]:
+        """The names below the prefix, and their bytes; raises `UserError` where they cannot be listed."""
         try:
-            return {entry.key for entry in self._objects.list()}
+            return {entry.key: entry.size for entry in self._objects.list()}
         except StoreError as error:
             raise UserError(f"save_folder {self.uri} cannot be listed: {error}") from None
 
     def checkpoints(self) -> list[tuple[int, str]]:
         """All checkpoints as (step, URI), newest first."""
-        matches = (NAME.fullmatch(name) for name in self.names)
+        matches = (NAME.fullmatch(name) for name in self.sizes)
         return sorted([(int(match[2]), f"{self.uri}/{match[0]}") for match in matches if match], reverse=True)
 
     def fetch_files(self, folder: Path, step: int) -> None:
@@ -49,7 +49,7 @@ class RunStore:
         the local one reaches further. For a start at 0 the longer one counts, to be kept as `.old`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        for file in self.names.intersection(RUN_FILES):
+        for file in self.sizes.keys() & {*RUN_FILES}:
             copy, ours = folder / f".{file}.fetched", folder / file
             self._objects.fetch(file, copy)
             if file == "config.json" or _end(copy) >= min(_end(ours), step or inf):

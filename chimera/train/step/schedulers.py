@@ -48,8 +48,8 @@ def jump(was: Mapping[str, Any], settings: "SchedulerSettings", peak: float, ste
         return f"{words}: if it should not, set `optimizer.lr` and `scheduler` back"
     return (
         f"{words}: the checkpoint is {step - begin} steps into a decay that this plan puts later, and such a jump "
-        f"undoes it: to train longer, branch from before it: `load_path=` the checkpoint of step {begin} or earlier, "
-        "with a `run_name` and `save_folder` of its own"
+        f"undoes it: to train longer, `branch` from the checkpoint of step {begin} or earlier, with a `run_name` and "
+        "`save_folder` of its own"
     )
 
 

@@ -154,15 +154,22 @@ def test_a_helper_takes_what_others_leave_but_no_part_of_a_limited_stream(
     assert builds.tree(tmp_path / "out") == wanted
 
 
-def test_a_helper_ends_without_a_builder_or_its_plan_and_does_nothing_for_another(many: Path, tmp_path: Path) -> None:
+def test_a_helper_ends_without_a_builder_or_its_plan_and_does_nothing_for_another(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = settings_for(many, tmp_path / "out")
     with begun(settings) as work:
         plan = load_plan(work)
         stale = Helper(plan, work)
         replace(plan, id="another").write(work)
+        for stream in plan.streams:
+            (work / "parts-another" / stream).mkdir(parents=True)
+        with pytest.raises(FileNotFoundError):
+            run_part(work, "many", 0, None, lambda _: None, plan.id)
+        monkeypatch.setattr(array, "AGAIN", 1.0)  # before that it takes parts unawares
         with LocalExecutor(1, work) as executor:
             assert not stale.run(executor)
-        assert stale.done == 0
+        assert (stale.done, list(work.rglob("commits.jsonl"))) == (0, [])
         plan.write(work)
     assert not Helper(plan, work).run(builds.Inline(work)), "nobody holds the work folder"
 

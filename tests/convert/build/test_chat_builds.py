@@ -10,7 +10,8 @@ from chimera.commands import verify_shards
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.encoding import Encoder
-from chimera.convert.settings import StreamSettings, TokenizerSettings
+from chimera.convert.settings import TokenizerSettings
+from chimera.convert.stream_settings import StreamSettings
 from tests.convert import builds
 from tests.convert.build.test_build import documents_of, stored_blocks
 

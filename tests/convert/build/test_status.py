@@ -131,10 +131,21 @@ def test_of_a_store_it_is_told_who_writes_there_and_what_has_arrived(
     found: list[BuildStatus] = []
     builds.build_here(settings, lambda work: Watched(work, elsewhere, found))
     assert {each.state for each in found} == {"elsewhere"}
-    assert found[-1].claims
+    assert found[-1].claims["lines"]["host"] == os.uname().nodename
+    assert {stream.state for stream in found[-1].streams.values()} == {"elsewhere"}
     assert found[0].streams["lines"].shards < found[-1].streams["lines"].shards
     assert (status(elsewhere).state, status(settings).claims) == ("finished", {})
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_streams_of_other_builders_of_a_folder_are_told_apart(sources: Path, tmp_path: Path) -> None:
+    settings = settings_for(sources, tmp_path / "out", only=["lines"])
+    found: list[BuildStatus] = []
+    builds.build_here(settings, lambda work: Watched(work, {**settings, "only": ["limited"]}, found))
+    assert {each.state for each in found} == {"elsewhere"}
+    states = {name: stream.state for name, stream in found[0].streams.items()}
+    assert states == {"limited": "waiting", "lines": "elsewhere"}
+    assert f"lines: of another builder, on {os.uname().nodename}" in lines_of(found[0])
 
 
 def test_watching_is_for_the_status(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.too_long import shortened
 from chimera.convert.read.parsing import Dropped
-from chimera.convert.settings import BuildSettings, StreamSettings
+from chimera.convert.settings import BuildSettings
+from chimera.convert.stream_settings import StreamSettings
 from tests.convert.builds import as_bytes
 from tests.convert.small_tokenizer import END, START
 

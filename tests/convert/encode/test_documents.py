@@ -14,7 +14,8 @@ from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.encode.texts import chunks
 from chimera.convert.read import parsing
 from chimera.convert.read.parsing import Dropped, parse_line
-from chimera.convert.settings import BuildSettings, SourceSettings, StreamSettings, TokenizerSettings
+from chimera.convert.settings import BuildSettings, TokenizerSettings
+from chimera.convert.stream_settings import SourceSettings, StreamSettings
 from tests.convert.small_tokenizer import END, START, encoder
 
 S, E = 2, 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.documents import DocumentReader
 from chimera.convert.pack.packing import MOST_WAITING, Packer, best_fit_decreasing
-from chimera.convert.settings import PACKINGS, StreamSettings
+from chimera.convert.stream_settings import PACKINGS, StreamSettings
 from tests.convert.small_tokenizer import END, encoder
 
 PAD, EOS = 0, 1

@@ -20,7 +20,8 @@ import zstandard
 from chimera.cli import UserError
 from chimera.convert.read.reading import Position
 from chimera.convert.read.sources import open_source, rows
-from chimera.convert.settings import BuildSettings, SourceSettings, StreamSettings
+from chimera.convert.settings import BuildSettings
+from chimera.convert.stream_settings import SourceSettings, StreamSettings
 from tests.convert import builds
 from tests.convert.builds import LIMITS
 
@@ -176,7 +177,7 @@ def test_text_files_that_change_are_noticed(tmp_path: Path) -> None:
     builds.build_here(settings)
     builds.build_here(settings)  # finished
     (tmp_path / "raw" / "6.txt").write_text("nuovo", encoding="utf-8")
-    with pytest.raises(UserError, match=r"s has other text files \(7, \d+ bytes; before 6, \d+ bytes\) now\)"):
+    with pytest.raises(UserError, match=r"s has other text files \(7, \d+ bytes; before 6, \d+ bytes\) now, which"):
         builds.build_here(settings)
     for file in (tmp_path / "raw").iterdir():
         file.unlink()

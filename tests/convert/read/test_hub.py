@@ -336,7 +336,7 @@ import json, sys
 from chimera.convert.read.hub import open_hub, rows_of_hub
 from chimera.limits import Limits
 from chimera.convert.read.reading import Position
-from chimera.convert.settings import SourceSettings
+from chimera.convert.stream_settings import SourceSettings
 from datasets import load_dataset
 
 def text(row):

@@ -17,7 +17,7 @@ from chimera.text import neutral
 from chimera.train.data.shards import open_shards
 from chimera.train.history.charts import TOP, Line, chart
 from chimera.train.history.digests import compare_digests
-from chimera.train.history.runlog import read_run
+from chimera.train.history.run_files import read_run
 from chimera.train.order.ordering import RunOrder, digest, step_blocks
 from chimera.train.order.run_plan import plan_of
 from chimera.train.settings import read_settings

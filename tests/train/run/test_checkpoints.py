@@ -120,7 +120,8 @@ def test_a_load_path_that_autoresume_passes_over_is_said(tmp_path, capsys):
     assert choose_start(settings, tmp_path) == Start(100, str(new))
     assert "setting `load_path` is not used" in capsys.readouterr().err
     empty = settings_for(tmp_path / "new", load_path=str(old), autoresume=True)
-    assert choose_start(empty, tmp_path / "new") == Start(50, str(old), own=False)
+    start = choose_start(empty, tmp_path / "new")
+    assert (start.step, start.path, start.own) == (50, str(old), False)
 
 
 @pytest.mark.parametrize("keep", [0, -2])

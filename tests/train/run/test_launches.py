@@ -128,6 +128,22 @@ def test_ranks_of_other_shards_are_refused(overrides, demo_shards, tmp_path, war
     assert not (tmp_path / "two").exists()
 
 
+def test_a_rank_that_is_stopped_is_waited_for_and_keeps_other_runs_out(overrides, tmp_path, warm):
+    config = ["model.attention_dropout=0.0", "max_duration=20ba"]
+    main(overrides("whole", *config))
+    process = launch(2, *overrides("run", *config), composer=warm / "composer")
+    wait_for_step(process, tmp_path / "run", 2)
+    pids = [int(pid) for pid in (tmp_path / "run" / ".lock").read_text().split() if pid.isdigit()]
+    rank = pids[0]  # global rank 0, which has the lock
+    os.kill(rank, signal.SIGSTOP)
+    assert subprocess.run(["flock", "-n", tmp_path / "run" / ".lock", "true"]).returncode == 1
+    os.kill(rank, signal.SIGCONT)
+    code, output = finish(process)
+    assert code == 0, output
+    ours, whole = steps_of(tmp_path / "run"), steps_of(tmp_path / "whole")
+    assert [line["digest"] for line in ours] == [line["digest"] for line in whole]
+
+
 def test_the_loss_is_the_mean_over_trained_tokens_on_any_number_of_ranks(overrides, tmp_path, warm):
     # Only what the assistant says is trained, so that ranks and microbatches hold unequal numbers of trained tokens.
     config = ["model.attention_dropout=0.0", "train_on=assistant", "phases.0.proportions.en_cosmopedia=0.25"]

@@ -10,6 +10,8 @@ import pytest
 from chimera.cli import UserError
 from chimera.commands.evaluate import main as evaluate
 from chimera.commands.export_hf import main as export
+from chimera.commands.plan import main as plan
+from chimera.commands.report import main as report
 from chimera.commands.train import main
 from chimera.train.run.run_store import RunStore, run_folder
 from tests.convert.s3_server import S3Server
@@ -55,8 +57,7 @@ def s3(tmp_path, monkeypatch):
     server.stop()
 
 
-@pytest.mark.usefixtures("s3")
-def test_checkpoints_in_an_object_store_resume_past_a_damaged_one(overrides, tmp_path, monkeypatch, capsys):
+def test_checkpoints_in_an_object_store_resume_past_a_damaged_one(s3, overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(overrides("whole", "max_duration=20ba"))
     remote = [*overrides("unused"), "save_folder=s3://bucket/runs/a", "run_name=a"]
@@ -96,6 +97,18 @@ def test_checkpoints_in_an_object_store_resume_past_a_damaged_one(overrides, tmp
     assert [line["step"] for line in steps_of(tmp_path / "branch")] == [20, 21]
     with pytest.raises(UserError, match=r"checkpoint s3://bucket/b/latest-rank0\.pt cannot be fetched"):
         main(overrides("other", "load_path=s3://bucket/b/latest-rank0.pt"))
+    branch = overrides("by-step", "branch={from: s3://bucket/runs/a, step: 20}")
+    assert plan([*branch, "--json"]) == 0
+    before = len(s3.requests)
+    main([*branch[:-1], "branch={from: s3://bucket/runs/a}", "max_duration=21ba"])
+    assert sum(request.startswith("GET /bucket/runs/a/ep0-ba20") for request in s3.requests[before:]) == 1
+    (line,) = steps_of(tmp_path / "by-step")
+    parent = {"address": "s3://bucket/runs/a", "checkpoint": "s3://bucket/runs/a/ep0-ba20-rank0.pt", "run_name": "a"}
+    assert parent.items() <= line["parent"].items()
+    with pytest.raises(UserError, match="s3://bucket/runs/a holds no checkpoint of it, only of step 5, 10, 15, 20: "):
+        main([*branch[:-1], "branch={from: s3://bucket/runs/a, step: 12}", "run_name=c", f"save_folder={tmp_path}/c"])
+    assert report(["s3://bucket/runs/a", f"{tmp_path}/by-step", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]["checkpoints"]) == 4
     with pytest.raises(UserError, match="save_folder s3://nobody/a cannot be listed"):
         main([*overrides("unused"), "save_folder=s3://nobody/a"])
 
