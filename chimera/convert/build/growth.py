@@ -77,7 +77,7 @@ def remove_streams(gone: tuple[str, ...], work: Path, output: Output) -> Manifes
 
 
 def end_removal(work: Path, output: Output) -> None:
-    """Remove what a manifest names no more, also where a kill left it."""
+    """Remove the streams that a manifest no longer names, also those that a kill left halfway."""
     if (work / GONE).exists():
         manifest = manifest_of(output)
         gone = being_removed(work)
