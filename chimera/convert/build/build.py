@@ -20,6 +20,7 @@ from chimera.convert.build.growth import (
     end_removal,
     is_published,
     missing,
+    refusal,
     remove_streams,
     shared,
     unnamed,
@@ -261,15 +262,6 @@ def _sources(old: Manifest | BuildPlan) -> dict[str, Source]:
         if isinstance(stream, Stream) and stream.eval_source:
             found[f"{name}{EVAL}"] = stream.eval_source
     return {name: source for name, source in found.items() if isinstance(source.describe, dict)}
-
-
-def refusal(what: str, changed: list[str]) -> str:
-    """The sentence for an output that was built otherwise."""
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return (
-        f"{what} was built with other settings ({'; '.join(changed[:5])}{more}): choose another `output`, take the "
-        "change back, or set `rebuild=true` to replace it"
-    )
 
 
 def summary(stream: Stream, limit: int | None) -> str:

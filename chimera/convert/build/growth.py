@@ -6,6 +6,7 @@ publishes adds its own to those that the manifest names by then.
 """
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from chimera.files import write_whole
 from chimera.manifest import NAME, Manifest, Stream
 
 GONE = "gone.json"  # in the work folder: streams that are being removed
+
+OF_FILES = re.compile(r"streams\.[^.]+\.(eval_)?sources\.\d+\.files")  # a change that `differences` names
 
 
 def shared(manifest: Manifest, settings: BuildSettings, encoder: Encoder) -> tuple[Manifest, BuildSettings] | None:
@@ -145,3 +148,15 @@ def merged(base: Manifest | None, built: Manifest, output: Output) -> Manifest:
         "settings": settings,
     }
     return built.model_copy(update=update)
+
+
+def refusal(what: str, changed: list[str]) -> str:
+    """The sentence for an output that was built otherwise."""
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    line = (
+        f"{what} was built with other settings ({'; '.join(changed[:5])}{more}): choose another `output`, take the "
+        "change back, or set `rebuild=true` to replace it"
+    )
+    if any(OF_FILES.match(change) for change in changed):
+        line += "; files that are to be added can be a stream of their own beside those that are there"
+    return line

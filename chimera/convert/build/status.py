@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from chimera.convert.build import part_state
@@ -22,7 +22,7 @@ from chimera.convert.build.part_state import COMMITS, EVAL, PartState
 from chimera.convert.build.plan import BuildPlan, StreamPlan, load_plan
 from chimera.convert.build.stream_status import StreamStatus, finished, progress_of
 from chimera.convert.build.work_lock import PATIENCE, Holder, holder_of, last_sign
-from chimera.convert.settings import CLAIMS, LEASE, BuildSettings
+from chimera.convert.settings import CLAIMS, LEASE, WORK, BuildSettings
 from chimera.files import is_locked
 from chimera.manifest import Manifest
 from chimera.mds import Json
@@ -35,7 +35,8 @@ class BuildStatus:
     """`state` is one of `STATES`; `silent` are the seconds since the builder's last sign of life.
 
     `seconds`: how long the builder has worked on parts. `claims`: what other builders of the output say
-    of themselves, by stream.
+    of themselves, by stream. `others`: those of other streams (`only`) whose unfinished work lies in the output, by
+    their streams: state, work, holder and silent, as of this one.
     """
 
     state: str
@@ -46,6 +47,7 @@ class BuildStatus:
     seconds: float | None
     claims: dict[str, Json]
     streams: dict[str, StreamStatus]
+    others: dict[str, Json] = field(default_factory=dict)
 
     def as_json(self) -> Json:
         """One JSON object; docs/formats.md has its keys."""
@@ -75,9 +77,42 @@ class StatusReader:
         self._output = open_output(settings)
         self._store = Objects(settings.output, settings.retries)
         self._read: dict[Path, tuple[tuple[int, int], PartState]] = {}
+        self._peers: dict[Path, StatusReader] = {}
 
     def read(self) -> BuildStatus:
         """The status now. Raises `UserError` for damaged work or a foreign manifest."""
+        status = self._own()
+        streams, others = dict(status.streams), dict[str, Json]()
+        for peer in self._others():
+            other, names = peer._own(), peer._settings.only
+            found = {name: stream for name, stream in other.streams.items() if name.removesuffix(EVAL) in names}
+            if other.state in ("none", "elsewhere", "finished"):  # it has just ended
+                continue
+            others[",".join(names)] = {
+                "state": other.state,
+                "work": other.work,
+                "holder": asdict(other.holder) if other.holder else None,
+                "silent": other.silent,
+            }
+            streams |= found
+        state = "elsewhere" if others and status.state == "none" else status.state
+        return replace(status, state=state, streams=streams, others=others)
+
+    def _others(self) -> "list[StatusReader]":
+        """Readers of the unfinished work of other streams, each in a folder of its own in the output."""
+        if self._settings.remote or self._settings.work is not None:
+            return []
+        peers = []
+        for file in sorted(Path(self._settings.output).absolute().glob(f"{WORK}*/plan.json")):
+            with suppress(FileNotFoundError):
+                names = sorted({name.removesuffix(EVAL) for name in load_plan(file.parent).streams})
+                settings = self._settings.model_copy(update={"only": names, "streams": {}})
+                if file.parent not in (self._work, *self._peers) and settings.work_folder == file.parent:
+                    self._peers[file.parent] = StatusReader(settings)
+                peers += [self._peers[file.parent]] if file.parent in self._peers else []
+        return peers
+
+    def _own(self) -> BuildStatus:
         while True:
             plan = self._plan()
             manifest = manifest_of(self._output)
@@ -174,7 +209,17 @@ def lines_of(status: BuildStatus) -> list[str]:
     lines = [f"{status.output} {STATES[status.state]}"]
     if status.holder and status.silent is not None:
         lines.append(f"by {status.holder}; its last sign of life was {duration(status.silent)} ago")
+    for names, other in status.others.items():
+        holder = (
+            f", process {other['holder']['pid']} on {one_line(other['holder']['host'])}"
+            if other["holder"] and other["state"] != "stopped"
+            else ""
+        )
+        lines.append(f"only={names} {STATES[other['state']]}{holder}")
+    known = {name for names in status.others for name in names.split(",")}
     for name, claim in sorted(status.claims.items()):
+        if name in known:
+            continue
         what = "all streams" if name == LEASE else name
         lines.append(f"{what}: of another builder, on {one_line(claim.get('host', 'a machine that it does not say'))}")
     rows = [_row(name.replace(EVAL, " (eval_sources)"), stream) for name, stream in status.streams.items()]

@@ -53,8 +53,8 @@ def read_run(folder: Path, address: str | None = None, stored: Sequence[tuple[st
         about, settings = read_config(config.read_bytes(), config)
     except FileNotFoundError:
         raise UserError(
-            f"no run in {address} (no config.json there): give the `save_folder` of a run; to a store its files go "
-            "with each checkpoint"
+            f"no run in {address} (no config.json there): give the `save_folder` of a run; one that has just been "
+            "started writes it before its first step, to a store with its first checkpoint"
         ) from None
     with _as_written(config):
         block_len = about["block_len"]

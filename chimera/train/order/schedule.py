@@ -274,7 +274,7 @@ def _check(phases: Sequence[Phase], stages: Sequence[Stage], mode: str, block_le
             raise ScheduleError(
                 f"phase {phase.name}: the proportions sum to {float(total):.10g} ({off:+.3g}), not to 1: "
                 + ", ".join(f"{name} {share}" for name, share in phase.proportions.items())
-                + "; thirds are written as 1/3"
+                + "; thirds are written as 1/3, and a stream of the file that an override leaves out stays: give it 0"
             )
     starts = [stage.from_step for stage in stages]
     if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):

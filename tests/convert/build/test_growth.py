@@ -80,6 +80,10 @@ def test_a_stream_that_is_there_with_other_settings_is_refused(sources: Path, tm
         builds.build_here(other)
     with pytest.raises(UserError, match=r"other settings \(eval_fraction: .* -> 0.0\)"):
         builds.build_here(config(sources, output, "limited", eval_fraction=0.0))
+    more = config(sources, output, "lines")
+    more["streams"]["lines"]["sources"][0]["files"] *= 2
+    with pytest.raises(UserError, match=r"lines\.sources\.0\.files: .*added can be a stream of their own"):
+        builds.build_here(more)
 
 
 class Stopped(BaseException):

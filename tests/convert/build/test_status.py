@@ -138,14 +138,36 @@ def test_of_a_store_it_is_told_who_writes_there_and_what_has_arrived(
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_streams_of_other_builders_of_a_folder_are_told_apart(sources: Path, tmp_path: Path) -> None:
+def test_streams_of_other_builders_of_a_folder_are_shown_with_their_progress(sources: Path, tmp_path: Path) -> None:
     settings = settings_for(sources, tmp_path / "out", only=["lines"])
     found: list[BuildStatus] = []
-    builds.build_here(settings, lambda work: Watched(work, {**settings, "only": ["limited"]}, found))
+
+    class Killed(BaseException):
+        pass
+
+    class Stops(Watched):
+        def wait(self, seconds: float) -> list[Any]:
+            result = super().wait(seconds)
+            if len(self.found) > 2:
+                raise Killed
+            return result
+
+    whole = {**settings, "only": []}
+    with pytest.raises(Killed):
+        builds.build_here(settings, lambda work: Stops(work, {**settings, "only": ["limited"]}, found))
     assert {each.state for each in found} == {"elsewhere"}
-    states = {name: stream.state for name, stream in found[0].streams.items()}
-    assert states == {"limited": "waiting", "lines": "elsewhere"}
-    assert f"lines: of another builder, on {os.uname().nodename}" in lines_of(found[0])
+    states = {name: stream.state for name, stream in found[-1].streams.items()}
+    assert states == {"limited": "waiting", "lines": "begun"}
+    rows = [each.streams["lines"].rows for each in found]
+    assert rows == sorted(rows)
+    assert rows[-1] > rows[0]
+    said = lines_of(found[-1])
+    assert f"only=lines is being built, process {os.getpid()} on {os.uname().nodename}" in said
+    # the build is gone, and who asks for all streams is told of its work
+    after = status(whole)
+    assert after.state == "elsewhere"
+    assert after.streams["lines"].rows >= rows[-1]
+    assert after.others["lines"]["work"] == str(next((tmp_path / "out").glob(".work-*")))
 
 
 def test_watching_is_for_the_status(tmp_path: Path) -> None:
