@@ -132,7 +132,7 @@ def progress(total: float | None, unit: str, label: str, initial: float = 0, dis
         initial=initial,
         unit=unit,
         desc=label,
-        unit_scale=True,
+        unit_scale=total is None or total >= 1000,  # of few parts: 3/4, and not 3.00/4.00
         dynamic_ncols=terminal,
         ascii=not terminal,
         mininterval=0.2 if terminal else 10,

@@ -22,6 +22,7 @@ from chimera.convert.build.growth import (
     missing,
     refusal,
     remove_streams,
+    say_what_is_left_aside,
     shared,
     unnamed,
 )
@@ -182,6 +183,8 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
         if not changed and manifest is None:  # or another build was published since, in the place of this one
             say(f"going on with the unfinished build in {work}")
             return Found(State.RESUMING, None, plan, settings, base, gone)
+    if plan is None:
+        say_what_is_left_aside(settings, work)
     return Found(State.REPLACING if settings.rebuild else State.NEW, manifest, plan, settings, base, gone)
 
 

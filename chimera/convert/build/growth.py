@@ -14,9 +14,9 @@ from chimera.cli import UserError, say
 from chimera.convert.build.claims import just_changed
 from chimera.convert.build.outputs import Output, manifest_of, update_manifest
 from chimera.convert.build.part_state import EVAL
-from chimera.convert.build.plan import BuildPlan
+from chimera.convert.build.plan import BuildPlan, load_plan
 from chimera.convert.encode.encoding import Encoder
-from chimera.convert.settings import BuildSettings, differences
+from chimera.convert.settings import WORK, BuildSettings, differences
 from chimera.files import write_whole
 from chimera.manifest import NAME, Manifest, Stream
 
@@ -160,3 +160,17 @@ def refusal(what: str, changed: list[str]) -> str:
     if any(OF_FILES.match(change) for change in changed):
         line += "; files that are to be added can be a stream of their own beside those that are there"
     return line
+
+
+def say_what_is_left_aside(settings: BuildSettings, work: Path) -> None:
+    """Say which streams of a new build lie unfinished in the work folder of another choice of streams (`only`)."""
+    if settings.remote or settings.work is not None:
+        return
+    for file in sorted(Path(settings.output).absolute().glob(f"{WORK}*/plan.json")):
+        with suppress(FileNotFoundError):  # its builder has just ended
+            names = [name for name in settings.streams if name in load_plan(file.parent).streams]
+            if file.parent != work and names:
+                say(
+                    f"warning: {', '.join(names)} begins anew: the unfinished work in {file.parent} is of another "
+                    "choice of streams, and goes on by the command that began it (`only`)"
+                )

@@ -159,7 +159,7 @@ def compare(pair: Pair) -> str:
         "",
         *table(("stage", "steps", f"loss {one}", "at its end", f"loss {other}", "at its end"), pair.stages()),
         "",
-        *table(("phase", "stream", f"planned {one}", "realized", f"planned {other}", "realised"), pair.mix()),
+        *table(("phase", "stream", f"planned {one}", "realized", f"planned {other}", "realized"), pair.mix()),
     ]
     if pair.evals():
         text += ["", *table(("eval loss", "length", one, other), pair.evals())]

@@ -138,7 +138,9 @@ def test_of_a_store_it_is_told_who_writes_there_and_what_has_arrived(
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_streams_of_other_builders_of_a_folder_are_shown_with_their_progress(sources: Path, tmp_path: Path) -> None:
+def test_streams_of_other_builders_of_a_folder_are_shown_with_their_progress(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = settings_for(sources, tmp_path / "out", only=["lines"])
     found: list[BuildStatus] = []
 
@@ -168,6 +170,9 @@ def test_streams_of_other_builders_of_a_folder_are_shown_with_their_progress(sou
     assert after.state == "elsewhere"
     assert after.streams["lines"].rows >= rows[-1]
     assert after.others["lines"]["work"] == str(next((tmp_path / "out").glob(".work-*")))
+    capsys.readouterr()
+    builds.build_here(whole)
+    assert "warning: lines begins anew: the unfinished work in" in capsys.readouterr().err
 
 
 def test_watching_is_for_the_status(tmp_path: Path) -> None:
