@@ -80,10 +80,15 @@ class Objects:
         skipped = len(self._folder) + 1 if self._folder else 0
         return sorted((Entry(e.key[skipped:], e.size, e.etag) for e in found), key=lambda entry: entry.key)
 
-    def put(self, key: str, source: Path | bytes) -> None:
-        """Make the object hold what a file or `source` holds, and see that it does."""
+    def put(self, key: str, source: Path | bytes, allowed: Callable[[], bool] = lambda: True) -> bool:
+        """Make the object hold what a file or `source` holds, and see that it does.
 
-        def act() -> None:
+        Returns False where `allowed`, which is asked before each attempt, forbids it.
+        """
+
+        def act() -> bool:
+            if not allowed():
+                return False
             self._client.write(self._path(key), source)
             try:
                 kept = _same(self._client.read(self._path(key)), source)
@@ -93,8 +98,10 @@ class Objects:
                 raise OSError("the store does not hold what it was sent") from None
             if not kept:
                 raise OSError("the store gave back other bytes than it was sent")
+            return True
 
-        self._try("upload", key, act)
+        done: bool = self._try("upload", key, act)
+        return done
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Make an object of its own bytes (no other writer has the same) unless there is one; returns whether it did.

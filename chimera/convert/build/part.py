@@ -25,6 +25,7 @@ from chimera.convert.build.batches import (
     in_eval,
     overlapping,
 )
+from chimera.convert.build.claimed_store import ClaimedStore
 from chimera.convert.build.last_rows import LastRows
 from chimera.convert.build.part_lock import held_part
 from chimera.convert.build.part_state import all_shard_keys, fits
@@ -105,7 +106,7 @@ class _Part:
         part_state.clean(folder, self.state)
         arrays = part_state.load_waiting(folder, self.state)
         self.splits = {name: self._writer(name, arrays) for name in SPLITS}
-        self.uploader = Uploader(store) if store else None
+        self.uploader = Uploader(ClaimedStore(store, work, stream).put) if store else None
         self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "_Part":

@@ -37,6 +37,7 @@ def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, outp
     check_streams(built, plan, work)
     _publish_shards(plan, parts, work, output)
     for name in proofs:
+        output.check_claims()  # a builder that was stopped may have lost them since
         for key, stream in _of_stream(plan.streams, name).items():
             for index in range(len(parts[key]), len(stream.parts)):  # parts that ran ahead of `max_tokens`
                 for shard in all_shard_keys(name, part_state.load(stream.part_folder(work, index))):

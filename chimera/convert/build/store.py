@@ -3,6 +3,7 @@
 import functools
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from chimera.convert.build.part_state import SENT
@@ -19,13 +20,13 @@ def worker_store(root: str, retries: int) -> Objects:
 
 
 class Uploader:
-    """Uploads the shards of one part in the background, in order, and removes each local file once it is up.
+    """Uploads the shards of one part in the background, in order, by `put`; removes each local file once it is up.
 
     An empty file `NAME.sent` then stands for the shard, so a rerun knows.
     """
 
-    def __init__(self, store: Objects) -> None:
-        self._store = store
+    def __init__(self, put: Callable[[str, Path], None]) -> None:
+        self._put = put
         self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue(WAITING_SHARDS)
         self._error: BaseException | None = None
         self._closed = False
@@ -60,7 +61,7 @@ class Uploader:
                 continue  # keep taking, so that nobody waits for room
             file, key = item
             try:
-                self._store.put(key, file)
+                self._put(key, file)
                 file.with_name(file.name + SENT).touch()
                 file.unlink()
             except BaseException as error:

@@ -87,7 +87,7 @@ class StoreOutput:
 
     def _give_up(self, keys: list[str]) -> None:
         for key in keys:
-            found = self._store.find(key)
+            found = self._store.find(key) or self._store.find(key)  # a stale answer would leave the claim for good
             if found and builder_of(found) == self._builder():  # another builder may have taken over
                 self._store.delete(key)
         self._claims = []
@@ -130,7 +130,7 @@ class StoreOutput:
     def _builder(self) -> str | None:
         """The name of this work folder's build, once it has asked for a claim."""
         file = self._work / BUILDER
-        return file.read_text() if file.exists() else None
+        return file.read_text(errors="replace") if file.exists() else None
 
     def read(self, key: str) -> bytes | None:
         return self._store.find(key)
