@@ -54,7 +54,7 @@ class StoreOutput:
             self.check_claims()
             self._check_others(terms, rebuild, {*streams})
         except UserError:
-            self._give_up(self._new)
+            self._give_up(self._new if begun else self._claims)
             raise
 
     def _claim(self, key: str, claim: bytes, begun: bool, rebuild: bool) -> None:

@@ -206,9 +206,10 @@ def test_what_others_have_published_of_an_unfinished_build_is_not_built_again(
 ) -> None:
     """Its texts are published by others: the conversations that are left begin with nothing."""
     everything = builds.config(sources, tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(build_module, "publish", _interrupt)
-        builds.build_here(everything)
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(everything)
     builds.build_here(builds.config(sources, tmp_path / "out", only=["columns", "lines", "limited"]))
     monkeypatch.setattr(builds.Inline, "start", _interrupt)  # its parts are done
     builds.build_here(everything)
