@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 from chimera.cli import UserError
 from chimera.commands.verify_shards import verify_shards
 from chimera.convert.build import build as build_module
+from chimera.convert.build import part_lock, store_output
 from chimera.convert.build.claims import claimed
 from chimera.convert.build.folder_output import FolderOutput
+from chimera.convert.build.part_lock import lock_at
 from chimera.convert.build.store import worker_store
+from chimera.files import lock_file
 from chimera.objects import Objects
 from tests.convert import builds
 from tests.convert.s3_server import S3Server
@@ -214,6 +218,20 @@ def test_what_others_have_published_of_an_unfinished_build_is_not_built_again(
     monkeypatch.setattr(builds.Inline, "start", _interrupt)  # its parts are done
     builds.build_here(everything)
     assert builds.tree(tmp_path / "out") == whole
+
+
+def test_parts_are_forgotten_once_a_process_that_outlived_its_build_has_let_them_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, seen = tmp_path / "parts-0/columns/00000", list[bool]()
+    part.mkdir(parents=True)
+    with ExitStack() as held:
+        assert held.enter_context(lock_file(lock_at(part), wait=False))
+        monkeypatch.setattr(part_lock, "say", lambda _: (seen.append(part.exists()), held.close()))
+        store_output._forget_parts(tmp_path)
+    assert seen == [True]
+    assert not part.exists()
+    assert lock_at(part).exists(), "who waits for it waits for the same lock"
 
 
 def _interrupt(*_: Any) -> None:
