@@ -61,7 +61,7 @@ def index(count: int, folder: Path, measured: Measured) -> None:
 
 def ranks(count: int, folder: Path, measured: Measured) -> None:
     """Many ranks, 64 lanes: what one of them computes and reads; all of them together take each block once."""
-    root = shards(folder / "shards", dict.fromkeys(SHARES, 20_000))
+    root = shards(folder / "shards", dict.fromkeys(SHARES, 20 * count))
     sequences = 64 * count // np.gcd(64, count)
     plan = plan_of(SHARES, int(sequences), 64)
     with measured("opened, by each rank") as figures:
@@ -92,7 +92,7 @@ def lanes(count: int, folder: Path, measured: Measured) -> None:
     """A rank for each of many lanes, beside one rank and lane; shards of full size, so mapped files count."""
     from chimera.train.data.cache import smallest_cache
 
-    root = shards(folder / "shards", dict.fromkeys(SHARES, 20_000), FORM.blocks_per_shard)
+    root = shards(folder / "shards", dict.fromkeys(SHARES, 20_000 * count // 64), FORM.blocks_per_shard)
     for number in (1, count):
         plan = plan_of(SHARES, 20 * count, number)
         name = f"lanes: {number}"
@@ -112,9 +112,12 @@ def lanes(count: int, folder: Path, measured: Measured) -> None:
 
 
 def streams(count: int, folder: Path, measured: Measured) -> None:
-    """Many streams in one mixture, of ten shards each."""
+    """Many streams in one mixture, of three shards each; every shard in use is an open file."""
+    from chimera.train.data.roots import allow_open_files
+
+    allow_open_files()
     names = [f"s{number:06d}" for number in range(count)]
-    root = shards(folder / "shards", dict.fromkeys(names, 10))
+    root = shards(folder / "shards", dict.fromkeys(names, 3))
     with measured("planned"):
         plan = plan_of(dict.fromkeys(names, Fraction(1, count)), 1024, 1)
         plan.blocks_before(plan.steps)
