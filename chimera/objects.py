@@ -80,10 +80,14 @@ class Objects:
         skipped = len(self._folder) + 1 if self._folder else 0
         return sorted((Entry(e.key[skipped:], e.size, e.etag) for e in found), key=lambda entry: entry.key)
 
-    def put(self, key: str, source: Path | bytes) -> None:
-        """Make the object hold what a file or `source` holds, and see that it does."""
+    def put(self, key: str, source: Path | bytes, check: Callable[[], None] = lambda: None) -> None:
+        """Make the object hold what a file or `source` holds, and see that it does.
+
+        `check` is called before each attempt, and raises where the object is not ours to write any more.
+        """
 
         def act() -> None:
+            check()
             self._client.write(self._path(key), source)
             try:
                 kept = _same(self._client.read(self._path(key)), source)

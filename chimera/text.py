@@ -24,7 +24,7 @@ _USER = re.compile(r"""(?:(?<!sftp)(?<!oci)(:/+)[^\s/@'"]{1,1000}|(:/+)[^\s/@:'"
 
 
 def neutral(text: str) -> str:
-    """`text`, which may be anybody's, with a replacement character for each that steers a terminal or misleads an eye.
+    """`text` from anywhere, with each character that controls a terminal or misleads the eye replaced.
 
     Tabs and line ends stay.
     """
@@ -45,12 +45,12 @@ def marked(ids: Iterable[int], trained: Iterable[bool], decode: Callable[[list[i
 
 
 def html(text: object) -> str:
-    """`text`, which may be anybody's, for the content or a quoted attribute of an HTML or SVG element."""
+    """`text` from anywhere, escaped for the content or a quoted attribute of an HTML or SVG element."""
     return escape(neutral(str(text)))
 
 
 def markdown(text: object) -> str:
-    """`text`, which may be anybody's, for a line or a table's cell of Markdown: none of it is markup."""
+    """`text` from anywhere, escaped for a line or a table cell of Markdown."""
     return re.sub(r"([\\`*\[\]<>|~])", r"\\\1", one_line(text).replace("&", "&amp;"))
 
 

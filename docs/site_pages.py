@@ -28,7 +28,7 @@ def lay_out(folder: Path) -> None:
         text = re.sub(r"^\|.*", lambda row: re.sub("`[^`]*`", _plain_bars, row[0]), text, flags=re.MULTILINE)
         name = "index.md" if path.name == "README.md" else path.name
         (folder / name).write_text(text.replace("](README.md", "](index.md"), encoding="utf-8")
-    for path in [*DOCS.glob("*.svg"), *DOCS.glob("*.ipynb")]:
+    for path in [*DOCS.glob("*.svg"), *DOCS.glob("*.css"), *DOCS.glob("*.ipynb")]:
         shutil.copy(path, folder)
 
 

@@ -257,7 +257,7 @@ def identity(settings: BuildSettings) -> dict[str, Any]:
 
 
 def running_settings(settings: BuildSettings) -> dict[str, Any]:
-    """All settings for the workers, as JSON values: those beside the builder share what is free before they start."""
+    """All settings for the workers, as JSON values; workers beside the builder share the memory free at its start."""
     share = settings.limits().memory if settings.engine == "local" else settings.worker_memory
     return {**settings.model_dump(), "worker_memory": share}
 

@@ -1,4 +1,4 @@
-"""Rows and what they hold → batches that are encoded together, and of their documents those of each split."""
+"""Rows in batches that are encoded together, whose documents then go to the train or the eval split."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice

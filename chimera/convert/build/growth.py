@@ -39,7 +39,8 @@ def shared(manifest: Manifest, settings: BuildSettings, encoder: Encoder) -> tup
 
 def only(settings: BuildSettings, names: list[str]) -> BuildSettings:
     """The settings of some of their streams."""
-    return settings.model_copy(update={"streams": {name: settings.streams[name] for name in names}})
+    named = [name for name in settings.only if name in names]
+    return settings.model_copy(update={"streams": {name: settings.streams[name] for name in names}, "only": named})
 
 
 def missing(manifest: Manifest, settings: BuildSettings) -> BuildSettings:
@@ -77,7 +78,7 @@ def remove_streams(gone: tuple[str, ...], work: Path, output: Output) -> Manifes
 
 
 def end_removal(work: Path, output: Output) -> None:
-    """Remove what a manifest names no more, also where a kill left it."""
+    """Remove the streams that a manifest no longer names, also those that a kill left halfway."""
     if (work / GONE).exists():
         manifest = manifest_of(output)
         gone = being_removed(work)

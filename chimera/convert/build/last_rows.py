@@ -1,4 +1,4 @@
-"""Word of the rows that a worker is at, for who asks where its process died."""
+"""Which rows a worker is encoding, so that a crash of its process can be traced to them."""
 
 from pathlib import Path
 

@@ -94,7 +94,7 @@ class PartState:
 
 
 def fits(state: PartState, limit: int | None) -> bool:
-    """Whether a part that goes on from `state`, or ended with it, holds what it must under `limit` train tokens."""
+    """Whether what `state` holds of a part is right under a limit of `limit` train tokens."""
     if limit is None or state.limit is not None:
         return state.limit == limit
     return state.splits["train"].tokens < limit

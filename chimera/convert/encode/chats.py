@@ -58,7 +58,7 @@ class ChatRenderer:
     def document(
         self, messages: Sequence[Message], trained: Sequence[bool], tools: Sequence[Any] | None
     ) -> tuple[Document, list[str]]:
-        """The whole as one document's, and why answers are not learned. `trained`: which messages are to be.
+        """The conversation as one document, and why some answers are not learned; `trained`: which should be.
 
         Raises `Reject`.
         """

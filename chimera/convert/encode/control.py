@@ -62,7 +62,7 @@ class ControlTokens:
         return [Found(*match.span(), match[0]) for match in self._find.finditer(text, start)]
 
     def break_text(self, text: str, inside: bool = True) -> str:
-        """A content with marks wherever it could read as a control token; `inside`: also as the midst of one."""
+        """A content with marks wherever it could read as a control token; `inside`: also as the middle of one."""
         while self._find.search(text):
             text = self._find.sub(lambda match: match[0][0] + BROKEN + match[0][1:], text)
         said = text.strip()

@@ -113,7 +113,7 @@ def tiktoken_encoding(spec: Mapping[str, Any], plain: Mapping[str, int], special
 
 
 def model_obstacles(model: Mapping[str, Any]) -> Iterator[str]:
-    """What of a model no other engine here takes."""
+    """What in a model keeps every engine but `tokenizers` from taking it."""
     if model_type(model) != "BPE":
         yield f"the model is {model_type(model)}, not BPE"
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -124,7 +124,7 @@ def model_obstacles(model: Mapping[str, Any]) -> Iterator[str]:
 def added_obstacles(
     spec: Mapping[str, Any], plain: Mapping[str, int], special: set[str], longest: bool
 ) -> Iterator[str]:
-    """What may be found otherwise of the added tokens `plain`; `longest`: it takes the longest of several."""
+    """Which of the added tokens `plain` an engine may find elsewhere; `longest`: it takes the longest of several."""
     tokens = [token for token in spec.get("added_tokens") or [] if token["content"] in plain]
     for token in tokens:
         for flag in ("single_word", "lstrip", "rstrip"):

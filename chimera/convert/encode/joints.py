@@ -8,7 +8,7 @@ from chimera.convert.encode.equivalence import flat
 
 
 def prefix_of(spec: Mapping[str, Any]) -> str:
-    """`none`, `first` (before the first text of all alone) or `always` (before each piece between added tokens)."""
+    """Where it puts a space: `none`, `first` (before the first text), `always` (each piece between added tokens)."""
     if any(step["type"] == "Prepend" for step in flat(spec.get("normalizer"))):
         return "always"
     kinds = [_kind(step) for step in flat(spec.get("pre_tokenizer"))]

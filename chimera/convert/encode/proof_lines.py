@@ -33,7 +33,7 @@ def _given(row: Mapping[str, Any], document: Document, reader: DocumentReader) -
 
 
 def stored(given: Json, reader: DocumentReader, encoder: Encoder) -> Json:
-    """What is stored of a line, as the rest of it. Raises `Reject`."""
+    """A line's text, ids and mask, made anew from its messages or text. Raises `Reject`."""
     if "messages" not in given:
         return {"ids": _encoded(Document((given["text"].encode(),)), encoder)[0]}
     messages, learned = given["messages"], given["learned"]

@@ -67,7 +67,7 @@ def unread(names: list[str], columns: list[str], column: Wanted) -> tuple[str, .
 
 
 def select(batch: Any, columns: list[str]) -> Any:
-    """Of an Arrow batch these columns; of a field of one the column, with nothing but that field where it can be so."""
+    """These columns of an Arrow batch; for a nested field its column, reduced to that field where possible."""
     names = batch.schema.names
     return batch.select(list(dict.fromkeys(name if name in names else name.partition(".")[0] for name in columns)))
 

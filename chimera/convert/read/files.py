@@ -82,7 +82,7 @@ class _Folders:
         self._known: dict[str, str] = {}
 
     def real(self, path: str, link: bool) -> str:
-        """The real path of a file; empty for one that is ours."""
+        """The real path of a file; empty for one in the folders `ours`."""
         if link:
             path = os.path.realpath(path)
         folder, name = os.path.split(path)

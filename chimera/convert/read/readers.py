@@ -62,7 +62,7 @@ def reader_of(file: str) -> Reader:
 
 
 def open_span(span: Span, limits: Limits) -> AbstractContextManager[BufferedReader]:
-    """The file of a span, local or in a store. Raises `UserError` for an object that is gone or another one now."""
+    """Open the file of a span, local or in a store. Raises `UserError` for an object that is gone or was replaced."""
     if is_remote(span.file):
         assert span.stored is not None
         return open_object(span.file, span.stored, span.etag, limits.retries)

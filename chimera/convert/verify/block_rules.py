@@ -104,7 +104,7 @@ class BlockRules:
     joined: bool = False
 
     def padding(self, tokens: Array) -> Array:
-        """What of [blocks, block_len] fills blocks up: PAD, or without such a token each EOS behind the last one."""
+        """Which of `tokens` [blocks, block_len] pad: PAD or, without such a token, each EOS after the last document."""
         if self.pad_id is not None:
             return np.asarray(tokens == self.pad_id)
         to_the_end = np.logical_and.accumulate((tokens == self.eos_id)[:, ::-1], axis=1)[:, ::-1]

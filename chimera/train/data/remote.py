@@ -22,5 +22,5 @@ def download(url: str, to: Path) -> None:
 
 
 def forget_clients() -> None:
-    """Make new clients from now on in this thread (their settings come from the environment)."""
+    """Forget this thread's clients, so that new ones read the environment again."""
     _clients.__dict__.clear()

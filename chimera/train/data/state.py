@@ -58,7 +58,7 @@ def make_state(plan: Plan, seed: int, fingerprints: Mapping[str, str], step: int
 
 
 def history(plan: Plan, step: int) -> list[dict[str, Any]]:
-    """What decided steps [0, step), in runs of steps: all of a plan that shapes their order."""
+    """What decided the order of steps [0, step), in runs of equal steps."""
     runs = []
     for segment in plan.segments:
         if segment.first_step < step:

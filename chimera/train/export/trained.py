@@ -21,7 +21,7 @@ class Trained:
 
     @property
     def text(self) -> str | None:
-        """What a conversation without tools is rendered by."""
+        """The template's text that renders a conversation without tools."""
         return self.template.texts["default"] if self.template else None
 
     @property
@@ -54,7 +54,7 @@ def trained_template(about: Mapping[str, Any], streams: Sequence[str], speaks: s
         names = ", ".join(held[1][0] for held in found.values())
         raise UserError(
             "the chats trained on have more than one template, and an export speaks one alone: give `--template "
-            f"STREAM` with the stream whose it shall be (one of {names})"
+            f"STREAM` with the stream whose template it takes (one of {names})"
         )
     return Trained(*next(iter(found.values()), (None, ())))
 

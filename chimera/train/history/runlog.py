@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def missing(self) -> list[int]:
-        """Steps between the first and the last one logged that are not: lines of them were damaged or lost."""
+        """Steps between the first and the last logged that have no line: it was damaged or lost."""
         return np.setdiff1d(np.arange(self.first, self.done), self.steps).tolist()
 
     @property

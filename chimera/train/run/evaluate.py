@@ -131,7 +131,7 @@ class Generate(Callback):
         self.tokenizer = shards.tokenizer
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Before the first step: a table of positions would end a later one in a traceback."""
+        """Check the prompts before step 0: one beyond a table of positions would end a later step in a traceback."""
         module: Any = state.model.module if hasattr(state.model, "module") else state.model
         positions = getattr(module.model.config, "max_position_embeddings", None)
         for prompt in self.settings.prompts:
@@ -170,7 +170,7 @@ class Generate(Callback):
 
 
 def whole_parameters(module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Every rank holds all parameters inside: generation passes by the forward that FSDP gathers them in."""
+    """Gather all parameters on every rank inside: `generate` skips the forward in which FSDP gathers them."""
     if not any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
         return contextlib.nullcontext()
     whole: contextlib.AbstractContextManager[None] = FullyShardedDataParallel.summon_full_params(

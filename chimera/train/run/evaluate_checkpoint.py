@@ -53,7 +53,7 @@ def evaluate(settings: TrainSettings, shards: Shards, plan: Plan, checkpoint: Pa
     if not found:
         raise UserError(
             f"no stream of the plan has an eval split in the shards at {shards.where}: build them with `eval_fraction` "
-            "above 0, or with `eval_sources`"
+            "above 0 or with `eval_sources`; beside shards made by others, name a root that has such streams"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No optimizer was specified")

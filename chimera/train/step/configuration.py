@@ -47,13 +47,13 @@ def configuration(settings: TrainSettings, vocab_size: int, eos_id: int, pad_id:
 
 
 def padded(vocab_size: int) -> int:
-    """The vocabulary of a model for so many ids."""
+    """The size of a model's vocabulary for `vocab_size` ids: the next multiple of `VOCAB_MULTIPLE`."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @contextmanager
 def sizes_of_transformers() -> Iterator[None]:
-    """Make one line of whatever sizes that do not fit together raise in `transformers`."""
+    """Turn what `transformers` raises for sizes that do not fit together into one line."""
     try:
         yield
     except UserError:

@@ -92,7 +92,7 @@ def check_ends(shards: Shards, plan: Plan) -> None:
 
 
 def check_untrained(train_on: str, shards: Shards, plan: Plan) -> None:
-    """Raise `UserError` where turns that the data marks as not to be learned would be."""
+    """Raise `UserError` where turns that the data marks as not to be learned would be learned."""
     for name in plan.streams if train_on == "all" else ():
         if name in shards.streams and (count := shards.streams[name].turns.get("untrained")):
             raise UserError(

@@ -83,7 +83,7 @@ def frequencies(model: PreTrainedModel) -> Frequencies:
 
 
 def same_frequencies(one: Sequence[Sequence[float]], two: Sequence[Sequence[float]]) -> bool:
-    """Whether they agree to float32's rounding; transformers 4 also has those of kinds that no layer is of."""
+    """Whether two sets agree to float32's rounding; transformers 4 also keeps those of layer types the model lacks."""
     few, many = sorted((one, two), key=len)
     return bool(few) == bool(many) and all(any(_close(a, b) for b in many) for a in few)
 

@@ -31,8 +31,8 @@ class Stopped(BaseException):
 def config(folder: Path) -> dict[str, Any]:
     """Conversations of which some are rejected, with a validation set of their own, in `folder/out`."""
     sources = {"sources": [{"files": ["talks.jsonl"]}], "eval_sources": [{"files": ["held.jsonl"]}]}
-    stream = {"format": "chatml", "packing": "best_fit", "eval_overlap": "remove", **sources}
-    return builds.config(folder, folder / "out", shard_bytes=4000, workers=1, streams={"talks": stream})
+    stream = {"format": "chatml", "packing": "concat", "eval_overlap": "remove", **sources}
+    return builds.config(folder, folder / "out", shard_bytes=2000, workers=1, streams={"talks": stream})
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[
 
         def stop_midway(part: Any, *given: Any) -> Any:
             moved, calls[0] = add(part, *given), calls[0] + 1
-            if calls[0] == 5:
+            if calls[0] == 3:
                 part._commit()
                 raise Stopped
             return moved

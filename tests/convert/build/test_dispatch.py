@@ -206,7 +206,7 @@ class _Store:
     def __init__(self) -> None:
         self.keys: list[str] = []
 
-    def put(self, key: str, source: Path) -> None:
+    def put(self, key: str, source: Path, check: Any) -> None:
         self.keys.append(key)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.convert import builds
+from tests.convert.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,30 @@ def test_a_worker_that_is_stopped_is_named_and_waited_for(
     rest, _ = process.communicate(timeout=300)
     assert process.returncode == 0, rest
     assert builds.tree(tmp_path / "out") == wanted
+
+
+def test_a_builder_whose_streams_were_taken_over_while_it_was_stopped_writes_nothing_more(
+    sources: Path, tmp_path: Path, s3: S3Server
+) -> None:
+    """Two builds of one output on other terms: what is published stays, but for one upload that was on its way."""
+    output, published = "s3://bucket/x", s3.root / "bucket" / "x"
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    settings = builds.config(sources, output, work=f"{ours}/work", workers=1)
+    for name in ("lines", "limited"):
+        settings["streams"].pop(name)
+    process = builds.start(settings, ours)
+    wait_for(lambda: len([*published.rglob("shard.*")]) > 3, process)
+    os.killpg(process.pid, signal.SIGSTOP)
+    wait_for(lambda: state_of(process.pid) == "T", process)
+    code, said = builds.run({**settings, "work": f"{theirs}/work", "block_len": 32, "rebuild": True}, theirs)
+    assert code == 0, said
+    before = builds.tree(published)
+    os.killpg(process.pid, signal.SIGCONT)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, said
+    assert "error: another builder began to write " in said
+    changed = [key for key, value in builds.tree(published).items() if before.get(key) != value]
+    assert before.keys() <= builds.tree(published).keys()
+    assert len(changed) <= 1  # what was on its way when the builder was stopped, which no store takes back

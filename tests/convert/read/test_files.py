@@ -177,7 +177,7 @@ def test_text_files_that_change_are_noticed(tmp_path: Path) -> None:
     builds.build_here(settings)
     builds.build_here(settings)  # finished
     (tmp_path / "raw" / "6.txt").write_text("nuovo", encoding="utf-8")
-    with pytest.raises(UserError, match=r"s has other text files \(7, \d+ bytes; before 6, \d+ bytes\) now\)"):
+    with pytest.raises(UserError, match=r"s has other text files \(7, \d+ bytes; before 6, \d+ bytes\) now, which"):
         builds.build_here(settings)
     for file in (tmp_path / "raw").iterdir():
         file.unlink()

@@ -55,6 +55,7 @@ def root_of(demo_shards: Path, root: Path, stream: str) -> Path:
     manifest = json.loads((demo_shards / "manifest.json").read_text())
     for part in (manifest, manifest["settings"]):
         part["streams"] = {stream: part["streams"][stream]}
+    manifest.pop("sha256", None)  # which is of the whole
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 
