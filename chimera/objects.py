@@ -80,15 +80,14 @@ class Objects:
         skipped = len(self._folder) + 1 if self._folder else 0
         return sorted((Entry(e.key[skipped:], e.size, e.etag) for e in found), key=lambda entry: entry.key)
 
-    def put(self, key: str, source: Path | bytes, allowed: Callable[[], bool] = lambda: True) -> bool:
+    def put(self, key: str, source: Path | bytes, check: Callable[[], None] = lambda: None) -> None:
         """Make the object hold what a file or `source` holds, and see that it does.
 
-        Returns False where `allowed`, which is asked before each attempt, forbids it.
+        `check` is called before each attempt, and raises where the object is not ours to write any more.
         """
 
-        def act() -> bool:
-            if not allowed():
-                return False
+        def act() -> None:
+            check()
             self._client.write(self._path(key), source)
             try:
                 kept = _same(self._client.read(self._path(key)), source)
@@ -98,10 +97,8 @@ class Objects:
                 raise OSError("the store does not hold what it was sent") from None
             if not kept:
                 raise OSError("the store gave back other bytes than it was sent")
-            return True
 
-        done: bool = self._try("upload", key, act)
-        return done
+        self._try("upload", key, act)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Make an object of its own bytes (no other writer has the same) unless there is one; returns whether it did.

@@ -85,6 +85,8 @@ def attempt(what: str, act: Callable[[], Result], attempts: int, again: Callable
     while True:
         try:
             return act()
+        except UserError:
+            raise  # says what to do already
         except Exception as error:  # every client has its own kinds
             if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
                 raise  # this machine's own

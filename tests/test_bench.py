@@ -95,3 +95,18 @@ def test_convert_gives_the_same_ids_all_ways(tmp_path: Path, out: Path) -> None:
     assert found["same_ids"]
     assert list(found["megabytes_per_second"]) == ["builder", "encode_batch_fast", "usual", "copying"]
     assert list(found["further"]) == ["text files", "conversations", "hub"]
+
+
+@pytest.mark.chaos  # for its time alone
+def test_scale_takes_every_case(out: Path) -> None:
+    printed = bench("scale.py", "--scale", "0.002", "--json", str(out))
+    found: list[dict[str, Any]] = json.loads(out.read_text())
+    cases = ["parts", "streams", "text files", "line files", "index", "ranks", "lanes", "streams of a run"]
+    assert list(dict.fromkeys(row["case"] for row in found)) == cases
+    figures = {(row["case"], row["what"]): row["figures"] for row in found}
+    assert figures["parts", "planned"]["parts"] == figures["parts", "all parts dispatched"]["accepted"] == 20
+    assert figures["streams", "all parts dispatched"]["accepted"] == 6
+    assert figures["index", "state saved and resumed from, and its batch"] == {"step": 500_000}
+    assert figures["ranks", "opened, by each rank"]["blocks a step"] == 64
+    assert len(printed.splitlines()) == len(found) + 1  # and its heads
+    assert all(row["peak"] > 0 for row in found)

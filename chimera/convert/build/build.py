@@ -14,7 +14,7 @@ from chimera.convert.build import part_state
 from chimera.convert.build.claims import just_changed, terms_of
 from chimera.convert.build.dispatch import Dispatcher
 from chimera.convert.build.executor import Executor, LocalExecutor
-from chimera.convert.build.finished import CHECKED, check_small_files
+from chimera.convert.build.finished import CHECKED, check_small_files, summary
 from chimera.convert.build.growth import (
     being_removed,
     end_removal,
@@ -84,7 +84,15 @@ def build(settings: BuildSettings, executor: Executor) -> Manifest:
                     empty(work)  # nothing has begun
                 raise
             building = {*found.settings.streams} if plan else set()
-            output.acquire(work, {*found.gone, *building, *(plan.clearing if plan else ())}, terms, settings.rebuild)
+            claims = {*found.gone, *building, *(plan.clearing if plan else ())}
+            try:
+                output.acquire(work, claims, terms, settings.rebuild)
+            except UserError:
+                if found.state is State.NEW:
+                    empty(work)  # nothing has begun
+                raise
+            if found.state is State.NEW:
+                say_what_is_left_aside(found.settings, work)
             manifest = replace_older(found, work, output)
             if plan is None or (manifest and building & manifest.streams.keys()):
                 output.release()
@@ -175,6 +183,7 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
     if plan is not None and base is not None and is_published(plan, base):
         return Found(State.NEW, None, None, settings, base, gone, published=True)
     if plan is not None:
+        plan = plan.without(base.streams if base else ())
         changed = changes(plan, settings, encoder)
         if changed and not settings.rebuild:
             raise UserError(refusal(f"the unfinished build in {work}", changed))
@@ -183,8 +192,6 @@ def look(settings: BuildSettings, work: Path, output: Output, encoder: Encoder) 
         if not changed and manifest is None:  # or another build was published since, in the place of this one
             say(f"going on with the unfinished build in {work}")
             return Found(State.RESUMING, None, plan, settings, base, gone)
-    if plan is None:
-        say_what_is_left_aside(settings, work)
     return Found(State.REPLACING if settings.rebuild else State.NEW, manifest, plan, settings, base, gone)
 
 
@@ -265,31 +272,3 @@ def _sources(old: Manifest | BuildPlan) -> dict[str, Source]:
         if isinstance(stream, Stream) and stream.eval_source:
             found[f"{name}{EVAL}"] = stream.eval_source
     return {name: source for name, source in found.items() if isinstance(source.describe, dict)}
-
-
-def summary(stream: Stream, limit: int | None) -> str:
-    """What became of a stream's rows."""
-    rows, train = stream.rows, stream.train
-    split, purpose = (train, "train") if train.blocks else (stream.eval, "evaluate")
-    dropped = [
-        f"{kind}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}"
-        for kind, counts in (("filtered", rows.filtered), ("rejected", rows.rejected))
-        if counts
-    ]
-    for says, counts in (
-        ("longer than a block", stream.too_long),
-        ("answers not learned", {why: count for why, count in stream.turns.items() if why != "each"}),
-        ("trained on, and in the validation set too", stream.overlap),
-        ("fields passed over", stream.ignored),
-    ):
-        if counts:
-            more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
-            named = ", ".join(f"{count} {one_line(name)}" for name, count in [*counts.items()][:8])
-            dropped.append(f"{says}: {named}{more}")
-    reasons = f" ({'; '.join(dropped)})" if dropped else ""
-    each = ", one an answer," if "each" in stream.turns else ""
-    short = f", all there are (max_tokens: {limit})" if limit and train.tokens < limit else ""
-    return (
-        f"{rows.documents} documents{each} of {rows.read} rows{reasons}; to {purpose} on: {split.tokens} tokens in "
-        f"{split.blocks} blocks{short}"
-    )

@@ -8,19 +8,18 @@ exact number, so the result does not depend on who ran when.
 import json
 import time
 from contextlib import suppress
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
-from chimera.cli import UserError, progress, say
+from chimera.cli import UserError, say
 from chimera.convert.build import part_state
 from chimera.convert.build.executor import CRASHED, Event, Executor, Task
 from chimera.convert.build.last_rows import begun
-from chimera.convert.build.part import Progress
 from chimera.convert.build.part_lock import at_work
 from chimera.convert.build.part_state import PartState, fits
 from chimera.convert.build.plan import StreamPlan
+from chimera.convert.build.stream_bar import StreamBar
 from chimera.files import write_whole
-from chimera.text import amount
 
 LONGEST_WAIT = 10.0  # seconds: a signal that comes in the moment before a wait is heard after it
 START = "start.json"  # in the work folder: where each stream was when the builder started, and by its time, when
@@ -49,7 +48,7 @@ class StreamRun:
         self._busy: dict[int, float] = {}  # parts that another process is at, and when to look again
         plan.part_folder(work, 0).parent.mkdir(parents=True, exist_ok=True)  # which no worker makes anew
         found = [self.committed(index) for index in range(len(plan.parts))]
-        self.bar = _Bar(plan, found)
+        self.bar = StreamBar(plan, found)
         self._done.update({index: state for index, state in enumerate(found) if state.done})
         self._open = [index for index, state in enumerate(found) if not state.done]  # a heap of those to start
         self._settle()
@@ -188,14 +187,20 @@ class Dispatcher:
     def _fill(self, executor: Executor) -> None:
         for run in self.runs.values():
             run.look_again()
-        while len(self._heard) < executor.slots:
-            waiting = [(urgency, run) for run in self.runs.values() if (urgency := run.urgency()) is not None]
-            if not waiting:
-                return
-            task = min(waiting, key=lambda found: found[0])[1].next_task()
+        if len(self._heard) >= executor.slots:
+            return
+        runs = list(self.runs.values())
+        asked = [(run.urgency(), number) for number, run in enumerate(runs)]  # once: a start changes its stream's alone
+        waiting = [(urgency, number) for urgency, number in asked if urgency is not None]
+        heapify(waiting)
+        while waiting and len(self._heard) < executor.slots:
+            _, number = heappop(waiting)
+            task = runs[number].next_task()
             if task:
                 executor.start(task)
                 self._heard[task] = time.monotonic()
+            if (urgency := runs[number].urgency()) is not None:
+                heappush(waiting, (urgency, number))
 
     def _handle(self, executor: Executor, event: Event) -> None:
         task, run = event.task, self.runs[event.task.stream]
@@ -245,52 +250,3 @@ class Dispatcher:
                 where = f"part {task.part} ({file})"
                 say(f"{task.stream}: stalled: no row from {where} for {self._stall_after:g} s; waiting")
                 self._heard[task] = now
-
-
-class _Bar:
-    """A stream's progress: tokens where their number is limited, else bytes of the source.
-
-    Of a limited stream's tokens those count that are certain to be wanted: of the accepted parts and the one after.
-    """
-
-    def __init__(self, plan: StreamPlan, states: list[PartState]) -> None:
-        self._sizes = [part.bytes for part in plan.parts]
-        self._budget = plan.settings.max_tokens
-        self._accepted = 0
-        self._tokens = [state.splits["train"].tokens for state in states]
-        self._bytes = [self._read(part, state) for part, state in enumerate(states)]
-        total, unit = (sum(self._sizes), "B") if self._budget is None else (self._budget, "tok")
-        self._bar = progress(total, unit, plan.name, initial=self.place())
-
-    def at(self, part: int, state: PartState) -> None:
-        """A part is where `state` says."""
-        self._tokens[part], self._bytes[part] = state.splits["train"].tokens, self._read(part, state)
-        self._show()
-
-    def moved(self, part: int, step: Progress) -> None:
-        self._tokens[part] += step.tokens
-        self._bytes[part] += step.bytes
-        if self._budget is None:  # a hub file's bytes are known to be done at its end only: show that it moves
-            self._bar.set_postfix_str(f"{amount(sum(self._tokens))} tokens", refresh=False)
-        self._show()
-
-    def accept(self) -> None:
-        """Count one more accepted part."""
-        self._accepted += 1
-        self._show()
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def _read(self, part: int, state: PartState) -> float:
-        """Bytes of a part; what rows did not account for (headers, other columns) counts at its end."""
-        return self._sizes[part] if state.done else state.bytes
-
-    def place(self) -> float:
-        """How far the stream is, in the bar's unit."""
-        if self._budget is None:
-            return min(sum(self._bytes), sum(self._sizes))
-        return min(sum(self._tokens[: self._accepted + 1]), self._budget)
-
-    def _show(self) -> None:
-        self._bar.update(self.place() - self._bar.n)

@@ -34,7 +34,7 @@ class FolderOutput:
     def acquire(self, work: Path, streams: Iterable[str], terms: Json, rebuild: bool) -> None:
         """Nothing: the locks end with their holder, however that ends."""
 
-    def check_claims(self) -> None:
+    def check_claims(self, streams: Iterable[str] | None = None) -> None:
         """Nothing: the locks are held."""
 
     def release(self) -> None:

@@ -42,7 +42,8 @@ def shared(manifest: Manifest, settings: BuildSettings, encoder: Encoder) -> tup
 
 def only(settings: BuildSettings, names: list[str]) -> BuildSettings:
     """The settings of some of their streams."""
-    return settings.model_copy(update={"streams": {name: settings.streams[name] for name in names}})
+    named = [name for name in settings.only if name in names]
+    return settings.model_copy(update={"streams": {name: settings.streams[name] for name in names}, "only": named})
 
 
 def missing(manifest: Manifest, settings: BuildSettings) -> BuildSettings:

@@ -33,8 +33,8 @@ class Output(Protocol):
         """
         ...
 
-    def check_claims(self) -> None:
-        """Raise `UserError` where another builder has taken over what this one has acquired."""
+    def check_claims(self, streams: Iterable[str] | None = None) -> None:
+        """Raise `UserError` where another builder has taken over what this one has acquired, or of it `streams`."""
         ...
 
     def release(self) -> None:
@@ -105,9 +105,12 @@ def manifest_of(output: Output) -> Manifest | None:
 
 def update_manifest(output: Output, change: Callable[[Manifest | None], Manifest]) -> Manifest:
     """Make the output's manifest what `change` makes of it, of which no other builder's change is lost."""
-    output.check_claims()
-    data = output.update(MANIFEST, lambda found: change(_parsed(output.name, found)).as_bytes())
-    return parse_manifest(data)
+
+    def changed(found: bytes | None) -> bytes:
+        output.check_claims()  # at each attempt
+        return change(_parsed(output.name, found)).as_bytes()
+
+    return parse_manifest(output.update(MANIFEST, changed))
 
 
 def _parsed(output: str, data: bytes | None) -> Manifest | None:

@@ -25,13 +25,12 @@ from chimera.convert.build.batches import (
     in_eval,
     overlapping,
 )
-from chimera.convert.build.claimed_store import ClaimedStore
 from chimera.convert.build.last_rows import LastRows
 from chimera.convert.build.part_lock import held_part
 from chimera.convert.build.part_state import all_shard_keys, fits
 from chimera.convert.build.plan import BuildPlan, encoder_of, held_out_of, reader_of, sample_file
 from chimera.convert.build.shard_writer import ShardWriter
-from chimera.convert.build.store import Uploader, worker_store
+from chimera.convert.build.store import Uploader, check_claim, worker_store
 from chimera.convert.encode.document import Document
 from chimera.convert.encode.encoding import Encoder
 from chimera.convert.encode.too_long import TOO_FEW, fitted
@@ -69,7 +68,7 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
             return
         store = worker_store(settings.output, settings.retries) if settings.remote else None
         if not fits(state, limit):
-            _remove(folder, stream, store)
+            _remove(work, folder, stream, store)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         encoder = encoder_of(work, plan, stream)
@@ -77,14 +76,15 @@ def run_part(work: Path, stream: str, index: int, limit: int | None, report: Rep
             with _Part(work, plan, stream, index, encoder, store) as part:
                 part.run(limit, report)
         except CorruptFile:  # once the file is fixed, nothing that came of the damage may count
-            _remove(folder, stream, store)
+            _remove(work, folder, stream, store)
             sample_file(work, stream).unlink(missing_ok=True)  # of what planning read of it
             raise
 
 
-def _remove(folder: Path, stream: str, store: Objects | None) -> None:
+def _remove(work: Path, folder: Path, stream: str, store: Objects | None) -> None:
     """Remove what is done of a part, in the store too."""
     if store:
+        check_claim(store, work, stream)
         for key in all_shard_keys(stream, part_state.load(folder)):
             store.delete(key)
     shutil.rmtree(folder)
@@ -106,7 +106,7 @@ class _Part:
         part_state.clean(folder, self.state)
         arrays = part_state.load_waiting(folder, self.state)
         self.splits = {name: self._writer(name, arrays) for name in SPLITS}
-        self.uploader = Uploader(ClaimedStore(store, work, stream).put) if store else None
+        self.uploader = Uploader(store, lambda: check_claim(store, work, stream)) if store else None
         self.rejects = open(folder / "rejects.jsonl", "ab")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "_Part":

@@ -6,9 +6,9 @@ revision, and all workers read the same settings, parts and tokenizer.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -71,6 +71,19 @@ class BuildPlan:
     @cached_property
     def build_settings(self) -> BuildSettings:
         return BuildSettings.model_validate(self.running)
+
+    def without(self, published: Collection[str]) -> "BuildPlan":
+        """The plan but for streams that others have published since."""
+        kept = {key: stream for key, stream in self.streams.items() if key.removesuffix(EVAL) not in published}
+        if len(kept) == len(self.streams):
+            return self
+        texts = any(stream.settings.format == "text" for stream in kept.values())
+        settings, running = (
+            {**each, "streams": {name: value for name, value in each["streams"].items() if name not in published}}
+            for each in (self.settings, self.running)
+        )
+        tokenizer = self.tokenizer if texts else self.tokenizer.model_copy(update={"bos": []})
+        return replace(self, settings=settings, running=running, tokenizer=tokenizer, streams=kept)
 
     def shard_format(self, stream: str) -> ShardFormat:
         """How the shards of a stream look."""

@@ -35,9 +35,10 @@ def publish(plan: BuildPlan, parts: dict[str, list[PartState]], work: Path, outp
     built = make_manifest(plan, parts, {name: digest("sha256", data) for name, data in proofs.items()})
     check_sums(built)
     check_streams(built, plan, work)
+    output.check_claims()
     _publish_shards(plan, parts, work, output)
     for name in proofs:
-        output.check_claims()  # a builder that was stopped may have lost them since
+        output.check_claims([name])  # or what another builder has there would be removed
         for key, stream in _of_stream(plan.streams, name).items():
             for index in range(len(parts[key]), len(stream.parts)):  # parts that ran ahead of `max_tokens`
                 for shard in all_shard_keys(name, part_state.load(stream.part_folder(work, index))):

@@ -11,17 +11,16 @@ from pathlib import Path
 from chimera.cli import UserError, say
 from chimera.convert.build.claims import check_terms
 from chimera.convert.build.folder_output import OURS
+from chimera.convert.build.part_lock import left_alone
 from chimera.convert.build.part_state import SENT
 from chimera.convert.build.plan import PARTS
-from chimera.convert.build.store import SECONDS
+from chimera.convert.build.store import BUILDER, SECONDS, builder_at, builder_of, check_claim, taken, value_of
 from chimera.convert.settings import CLAIMS, LEASE
 from chimera.files import write_whole
 from chimera.manifest import Manifest
 from chimera.mds import SPLITS, Json
 from chimera.objects import Objects
 from chimera.retries import OPENING
-
-BUILDER = "builder"  # in the work folder: the name under which it claims streams
 
 
 class StoreOutput:
@@ -36,6 +35,7 @@ class StoreOutput:
         self._work = work
         self._store = Objects(name, retries, SECONDS, OPENING)
         self._claims: list[str] = []
+        self._new: list[str] = []  # of them, those that the last `acquire` made
 
     def lock(self, streams: Iterable[str], terms: Json) -> contextlib.AbstractContextManager[None]:
         del streams, terms  # `acquire` takes them
@@ -47,14 +47,14 @@ class StoreOutput:
             write_whole(work / BUILDER, secrets.token_hex(8).encode())
         claim = json.dumps({"builder": self._builder(), "host": os.uname().nodename, "terms": terms}).encode()
         held = self._has_lease(rebuild)
+        self._new = []
         try:
             for name in sorted(streams):
                 self._claim(f"{CLAIMS}/{name}", claim, begun and not held, rebuild)
             self.check_claims()
             self._check_others(terms, rebuild, {*streams})
         except UserError:
-            if not begun:
-                self._give_up(self._claims)
+            self._give_up(self._new if begun else self._claims)
             raise
 
     def _claim(self, key: str, claim: bytes, begun: bool, rebuild: bool) -> None:
@@ -63,7 +63,8 @@ class StoreOutput:
             if begun:  # another builder has had the claim since, and is done: what was sent may be gone, or its
                 _forget_parts(self._work)
             if not self._store.put_if_absent(key, claim):
-                raise self._taken(key)
+                raise taken(self._named(key))
+            self._new.append(key)
             if not self._claims and self._store.put_if_absent(key, claim):  # twice?
                 say(f"{self.name}: no conditional creates here: a builder that begins in the same second may go unseen")
         elif builder_of(found) != self._builder():
@@ -74,13 +75,9 @@ class StoreOutput:
             self._store.put(key, claim)
         self._claims.append(key)
 
-    def check_claims(self) -> None:
-        for key in self._claims:
-            if builder_of(self._store.find(key)) != self._builder():
-                raise self._taken(key)
-
-    def _taken(self, key: str) -> UserError:
-        return UserError(f"another builder began to write {self._named(key)}, at the same time or since: wait for it")
+    def check_claims(self, streams: Iterable[str] | None = None) -> None:
+        for key in self._claims if streams is None else [f"{CLAIMS}/{name}" for name in streams]:
+            check_claim(self._store, self._work, key.removeprefix(f"{CLAIMS}/"))
 
     def release(self) -> None:
         self._give_up([*(self._claims or [entry.key for entry in self._store.list(CLAIMS)]), LEASE])
@@ -110,7 +107,7 @@ class StoreOutput:
             if found is None or builder_of(found) == self._builder():
                 continue
             try:
-                check_terms(self.name, name, _value(found).get("terms"), terms)
+                check_terms(self.name, name, value_of(found).get("terms"), terms)
             except UserError:
                 if not rebuild:
                     raise
@@ -128,9 +125,7 @@ class StoreOutput:
         return self.name if key == LEASE else f"{stream} of {self.name}"
 
     def _builder(self) -> str | None:
-        """The name of this work folder's build, once it has asked for a claim."""
-        file = self._work / BUILDER
-        return file.read_text(errors="replace") if file.exists() else None
+        return builder_at(self._work)
 
     def read(self, key: str) -> bytes | None:
         return self._store.find(key)
@@ -191,21 +186,8 @@ class StoreOutput:
         self._store.delete(key)
 
 
-def _value(data: bytes | None) -> Json:
-    """What a claim says; nothing where there is none, or it is no claim."""
-    try:
-        value = json.loads(data or b"")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def builder_of(data: bytes | None) -> str | None:
-    """The name of the builder that made a claim."""
-    return _value(data).get("builder")
-
-
 def _forget_parts(work: Path) -> None:
-    """Have all parts made anew."""
-    for parts in work.glob(f"{PARTS}*"):
-        shutil.rmtree(parts)
+    """Have all parts made anew, once workers that outlived their build have let them go."""
+    for folder in [path for path in work.glob(f"{PARTS}*/*/*") if path.is_dir()]:
+        with left_alone(folder):
+            shutil.rmtree(folder)

@@ -25,7 +25,7 @@ from chimera.train.data.shards import fetch, not_there
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """A file of a shard: its name in the split's folder, bytes, and hex digests by algorithm."""
 
@@ -34,7 +34,7 @@ class StoredFile:
     hashes: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column of a record: its MDS encoding, and its bytes where every record has the same by declaration."""
 
@@ -43,7 +43,7 @@ class Column:
     size: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One shard: `raw` is what is read, `zip` what is stored where it is compressed."""
 
@@ -146,7 +146,7 @@ def read_index(root: str, stream: str, cache: str, split: str = "train", known: 
             "are being built: wait for the build, or build them again"
         )
     try:
-        shards = tuple(_shard(entry) for entry in json.loads(data)["shards"])
+        shards = _shards(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/index.json is no index of MDS shards: {one_line(repr(error))}") from None
     if not sum(shard.blocks for shard in shards):
@@ -159,17 +159,29 @@ def read_index(root: str, stream: str, cache: str, split: str = "train", known: 
     return StreamIndex(stream, root, folder, fingerprint, shards, known is not None and known.starts)
 
 
-def _shard(entry: dict[str, Any]) -> Shard:
+def _shards(data: bytes) -> tuple[Shard, ...]:
+    """The shards of an index. Each entry is made one as soon as it is parsed: as JSON all take twice the memory."""
+    columns: dict[tuple[Column, ...], tuple[Column, ...]] = {}  # alike in all shards, and kept once
+
+    def made(found: dict[str, Any]) -> Any:
+        return _shard(found, columns) if "raw_data" in found else found
+
+    shards = json.loads(data, object_hook=made)["shards"]
+    return tuple(found if isinstance(found, Shard) else _shard(found, columns) for found in shards)
+
+
+def _shard(entry: dict[str, Any], known: dict[tuple[Column, ...], tuple[Column, ...]]) -> Shard:
     """An entry of `shards` in an index; raises `ValueError` where it is none."""
     if (entry["version"], entry["format"]) != (2, "mds"):
         raise ValueError(f"version {entry['version']}, format {entry['format']!r}")
-    columns = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)
+    described = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)
+    columns = tuple(Column(str(n), str(e), None if s is None else _count(s)) for n, e, s in described)
     return Shard(
         blocks=_count(entry["samples"]),
         raw=_file(entry["raw_data"]),
         zip=_file(entry["zip_data"]) if entry["zip_data"] else None,
         compression=str(entry["compression"]).partition(":")[0] if entry["compression"] else None,
-        columns=tuple(Column(str(n), str(e), None if s is None else _count(s)) for n, e, s in columns),
+        columns=known.setdefault(columns, columns),
     )
 
 

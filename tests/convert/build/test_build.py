@@ -195,7 +195,7 @@ def test_the_first_source_that_opens_is_used_and_the_others_named(sources: Path,
     with pytest.raises(UserError, match=r"streams\.s: no source opens: /nowhere/x\.jsonl: no file at"):
         builds.build_here({**settings, "output": str(tmp_path / "none")})
     settings["streams"]["s"]["sources"] = [{"files": [f"{sources}/"]}]
-    globs = f"in which `{sources}/\\*.parquet` \\(2 files\\), `{sources}/\\*.jsonl` \\(2 files\\), .* would match"
+    globs = f"in which `{sources}/\\*.jsonl` \\(2 files\\), `{sources}/\\*.parquet` \\(2 files\\), .* would match"
     with pytest.raises(UserError, match=f"no file at {sources}/; it is a folder, {globs}"):
         builds.build_here({**settings, "output": str(tmp_path / "none")})
     assert not (tmp_path / "none").exists()

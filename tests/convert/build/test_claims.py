@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 from chimera.cli import UserError
 from chimera.commands.verify_shards import verify_shards
 from chimera.convert.build import build as build_module
+from chimera.convert.build import part_lock, store_output
 from chimera.convert.build.claims import claimed
 from chimera.convert.build.folder_output import FolderOutput
+from chimera.convert.build.part_lock import lock_at
 from chimera.convert.build.store import worker_store
+from chimera.files import lock_file
 from chimera.objects import Objects
 from tests.convert import builds
 from tests.convert.s3_server import S3Server
@@ -155,3 +159,80 @@ def test_what_another_builder_changes_while_one_plans_is_not_lost(
 def test_only_names_streams_of_the_config(sources: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         builds.build_here(builds.config(sources, tmp_path / "out", **changes))
+
+
+def stored(sources: Path, tmp_path: Path, work: str, **changes: Any) -> dict[str, Any]:
+    return builds.config(sources, "s3://bucket/out", work=str(tmp_path / work), **changes)
+
+
+def test_a_builder_that_lives_on_after_a_takeover_leaves_the_objects_of_the_other(
+    sources: Path, tmp_path: Path, s3: S3Server
+) -> None:
+    """It is taken over while it reads back what it sent, which it would send again."""
+    other = stored(sources, tmp_path, "other", eval_fraction=0.3, rebuild=True)
+    found: list[dict[str, str]] = []
+
+    def take_over(request: str) -> None:
+        if request.startswith("GET") and "/columns/train/shard.00000.00000" in request and not found:
+            found.append({})
+            builds.build_here(other)
+            found.append(builds.tree(s3.root / "bucket/out"))
+
+    s3.before = take_over
+    with pytest.raises(UserError, match=r"^another builder began to write columns of s3://"):
+        builds.build_here(stored(sources, tmp_path, "work"))
+    assert builds.tree(s3.root / "bucket/out") == found[1]
+    verify_shards("s3://bucket/out")
+
+
+def test_a_builder_that_is_refused_keeps_no_claim_and_builds_the_rest_later(
+    sources: Path, tmp_path: Path, s3: S3Server
+) -> None:
+    both = stored(sources, tmp_path, "both", only=["chats", "columns"])
+    claims: list[list[str]] = []
+
+    def refuse(request: str) -> None:
+        if request.startswith("PUT") and "/columns/train/shard.00000.00000" in request and not claims:
+            for _ in range(2):
+                with pytest.raises(UserError, match="another builder is writing columns"):
+                    builds.build_here(both)
+                claims.append(os.listdir(s3.root / "bucket/out/.claims"))
+
+    s3.before = refuse
+    builds.build_here(stored(sources, tmp_path, "one", only=["columns"]))
+    assert claims == [["columns"], ["columns"]]
+    assert builds.build_here(both)["streams"].keys() == {"chats", "columns"}
+    assert not [key for key in builds.tree(s3.root / "bucket/out") if ".claims" in key]
+
+
+def test_what_others_have_published_of_an_unfinished_build_is_not_built_again(
+    sources: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts are published by others: the conversations that are left begin with nothing."""
+    everything = builds.config(sources, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "publish", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            builds.build_here(everything)
+    builds.build_here(builds.config(sources, tmp_path / "out", only=["columns", "lines", "limited"]))
+    monkeypatch.setattr(builds.Inline, "start", _interrupt)  # its parts are done
+    builds.build_here(everything)
+    assert builds.tree(tmp_path / "out") == whole
+
+
+def test_parts_are_forgotten_once_a_process_that_outlived_its_build_has_let_them_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, seen = tmp_path / "parts-0/columns/00000", list[bool]()
+    part.mkdir(parents=True)
+    with ExitStack() as held:
+        assert held.enter_context(lock_file(lock_at(part), wait=False))
+        monkeypatch.setattr(part_lock, "say", lambda _: (seen.append(part.exists()), held.close()))
+        store_output._forget_parts(tmp_path)
+    assert seen == [True]
+    assert not part.exists()
+    assert lock_at(part).exists(), "who waits for it waits for the same lock"
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

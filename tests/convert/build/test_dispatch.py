@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from chimera.cli import UserError
-from chimera.convert.build import batches, dispatch
+from chimera.convert.build import batches, dispatch, stream_bar
 from chimera.convert.build import part as part_module
 from chimera.convert.build.executor import Event, Task, seldom
 from chimera.convert.build.part import Progress, run_part
@@ -79,7 +79,7 @@ def test_the_bar_of_a_limited_stream_leaves_out_what_ran_ahead(tmp_path: Path, m
     settings["streams"] = {"limited": settings["streams"]["limited"]}
     monkeypatch.setattr(_Bar, "places", [])
     monkeypatch.setattr(_Backwards, "first", [])
-    monkeypatch.setattr(dispatch, "progress", _Bar)
+    monkeypatch.setattr(stream_bar, "progress", _Bar)
     builds.build_here(settings, _Backwards)
     assert len(_Backwards.first) > 10
     assert set(_Backwards.first) == {0}
@@ -206,7 +206,7 @@ class _Store:
     def __init__(self) -> None:
         self.keys: list[str] = []
 
-    def put(self, key: str, source: Path) -> None:
+    def put(self, key: str, source: Path, check: Any) -> None:
         self.keys.append(key)
 
 

@@ -221,10 +221,10 @@ def test_what_is_there_is_finished_or_refused(
 
 
 def _stop_at(key: str, real: Any) -> Any:
-    def put(self: Objects, name: str, *given: Any) -> Any:
+    def put(self: Objects, name: str, *given: Any) -> None:
         if name.startswith(key):
             raise KeyboardInterrupt
-        return real(self, name, *given)
+        real(self, name, *given)
 
     return put
 
@@ -235,10 +235,10 @@ def test_local_disk_use_stays_bounded_and_sent_shards_are_not_sent_again(
     most = 0
     real = Objects.put
 
-    def watch(self: Objects, key: str, *given: Any) -> Any:
+    def watch(self: Objects, key: str, *given: Any) -> None:
         nonlocal most
         most = max(most, sum(1 for _ in (tmp_path / "work").rglob("parts-*/**/shard.*.zstd")))
-        return real(self, key, *given)
+        real(self, key, *given)
 
     settings = remote(sources, tmp_path, part_bytes=1 << 20)
     settings["streams"] = {"columns": settings["streams"]["columns"]}

@@ -224,7 +224,7 @@ def test_an_index_that_the_manifest_does_not_name_is_refused(root: Path, remote:
         dataset(remote, tmp_path / "cache")
 
 
-def test_a_misspelt_stream_is_named(remote: str, tmp_path: Path) -> None:
+def test_a_misspelled_stream_is_named(remote: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stream `itt` \(in `phases`\) is not in the shards at file:"):
         dataset(remote, tmp_path / "cache", plan_for([(30, {"itt": 1})]))
 
