@@ -161,7 +161,10 @@ class Objects:
     def _client(self) -> Client:
         """Made when first needed: it looks for credentials, and SFTP's connects."""
         if self._connected is None:
-            self._connected = _connect(self._place, self._seconds)
+            try:
+                self._connected = _connect(self._place, self._seconds)
+            except UserError as error:
+                raise StoreError(str(error)) from None
         return self._connected
 
     def _try(self, what: str, key: str, act: Any) -> Any:
