@@ -6,6 +6,7 @@ compared; what fails is tried again (`stores.attempt`).
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from chimera.cli import UserError
 from chimera.files import open_whole
 from chimera.objects_client import Client, Entry
 from chimera.retries import ATTEMPTS
-from chimera.stores import ADDRESSES, UNTIDY, StoreError, attempt, is_remote, status_of
+from chimera.stores import ADDRESSES, UNTIDY, NotOurs, Result, StoreError, attempt, is_remote, status_of
 
 SECONDS = 60.0  # without an answer
 
@@ -87,7 +88,7 @@ class Objects:
         """
 
         def act() -> None:
-            check()
+            _asked(check)
             self._client.write(self._path(key), source)
             try:
                 kept = _same(self._client.read(self._path(key)), source)
@@ -127,7 +128,7 @@ class Objects:
             while not made:
                 found = self._entry(path)
                 before = None if found is None else b"".join(self._client.read(path))
-                after = change(before)
+                after = _asked(partial(change, before))
                 if after == before:
                     return after
                 if found is None:
@@ -161,10 +162,7 @@ class Objects:
     def _client(self) -> Client:
         """Made when first needed: it looks for credentials, and SFTP's connects."""
         if self._connected is None:
-            try:
-                self._connected = _connect(self._place, self._seconds)
-            except UserError as error:
-                raise StoreError(str(error)) from None
+            self._connected = _connect(self._place, self._seconds)
         return self._connected
 
     def _try(self, what: str, key: str, act: Any) -> Any:
@@ -182,6 +180,14 @@ class Objects:
     def _forget(self) -> None:
         """Connect again: a broken SFTP session stays broken."""
         self._connected = None
+
+
+def _asked(of: Callable[[], Result]) -> Result:
+    """What a caller's function gives; its refusal is not taken for one of the store's."""
+    try:
+        return of()
+    except UserError as error:
+        raise NotOurs(str(error)) from None
 
 
 def split(url: str) -> tuple[str, str]:

@@ -40,6 +40,10 @@ class StoreError(UserError, OSError):
     """A store cannot be used; one line that names the object, what was tried and why it failed, without secrets."""
 
 
+class NotOurs(UserError):
+    """What is not to be written after all, as whoever asked for it says; no error of the store."""
+
+
 def is_remote(place: str) -> bool:
     """Whether `place` is a URL (`file://` too) rather than a path.
 
@@ -85,8 +89,8 @@ def attempt(what: str, act: Callable[[], Result], attempts: int, again: Callable
     while True:
         try:
             return act()
-        except UserError:
-            raise  # says what to do already
+        except NotOurs:
+            raise
         except Exception as error:  # every client has its own kinds
             if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
                 raise  # this machine's own

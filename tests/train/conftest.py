@@ -69,6 +69,22 @@ def flex_uncompiled() -> Iterator[None]:
         yield
 
 
+def rewrite(manifest: Path, before: str, after: str) -> None:
+    """Replace text in a manifest, and leave out its hash, which is of the whole."""
+    value = json.loads(manifest.read_text().replace(before, after))
+    del value["sha256"]
+    manifest.write_text(json.dumps(value))
+
+
+def forget_trackers() -> None:
+    """Let go what MLflow and W&B keep in a process of an earlier run, which counts more than the environment."""
+    import mlflow
+    import wandb
+
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # as its own code takes it
+    wandb.teardown()
+
+
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 

@@ -17,6 +17,7 @@ pytest.importorskip("fastokens", reason="the engine has no wheels here")
 def output(folder: Path) -> dict[str, Any]:
     """The hashes of all files of a build, of its manifest what it says beside the encoder and the time."""
     manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
     for stream in manifest["streams"].values():
         del stream["encoder"]
     return {**builds.tree(folder), "manifest.json": manifest}

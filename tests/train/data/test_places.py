@@ -13,6 +13,7 @@ from chimera.train.data.mixture import MixtureDataset
 from chimera.train.data.places import Places
 from chimera.train.data.roots import open_root, plan_with_shards
 from chimera.train.settings import TrainSettings
+from tests.train.conftest import rewrite
 from tests.train.data.test_mixture import PLAN, STREAMS, global_batches
 from tests.train.make_shards import make_shards, plan_for
 
@@ -68,12 +69,11 @@ def another_tokenizer(root: Path) -> None:
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_bytes(file.read_bytes() + b"\n")
     after = hashlib.sha256(file.read_bytes()).hexdigest()
-    manifest.write_text(manifest.read_text().replace(before, after))
+    rewrite(manifest, before, after)
 
 
 def another_pad(root: Path) -> None:
-    manifest = root / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"pad_token": "', '"pad_token": "<other>'))
+    rewrite(root / "manifest.json", '"pad_token": "', '"pad_token": "<other>')
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from chimera.train.history.run_files import read_run
 from chimera.train.order.ordering import RunOrder, digest, step_blocks
 from chimera.train.order.run_plan import plan_of
 from chimera.train.settings import read_settings
+from tests.train.conftest import rewrite
 
 ROOT = Path(__file__).resolve().parents[3]
 ATTRIBUTES = {
@@ -219,7 +220,7 @@ def test_shards_built_again_with_as_many_blocks_are_not_taken_for_the_runs(
     before, after = index.read_bytes(), index.read_bytes() + b"\n"
     index.write_bytes(after)
     old, new = (hashlib.sha256(data).hexdigest() for data in (before, after))
-    manifest.write_text(manifest.read_text().replace(old, new))
+    rewrite(manifest, old, new)
     about = json.loads((folder / "config.json").read_text())
     about["settings"]["shards"] = str(tmp_path / "again")
     (folder / "config.json").write_text(json.dumps(about))

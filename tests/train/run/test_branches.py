@@ -12,7 +12,7 @@ import pytest
 from chimera.cli import UserError
 from chimera.commands import inspect_batch, plan
 from chimera.commands.train import main
-from tests.train.conftest import ROOT, SMALL, steps_of, weights_of
+from tests.train.conftest import ROOT, SMALL, forget_trackers, steps_of, weights_of
 
 Overrides = Callable[..., list[str]]
 
@@ -160,11 +160,10 @@ def test_plan_and_inspect_batch_take_a_branch_that_training_takes(
 def test_trackers_are_told_of_the_parent(
     overrides: Overrides, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlflow
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
+    forget_trackers()
     for name, value in (("MLFLOW_TRACKING_URI", uri), ("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path))):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)

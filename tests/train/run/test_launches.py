@@ -21,7 +21,7 @@ from chimera.commands import export_hf
 from chimera.commands.train import main
 from chimera.train.run.checkpoint_file import damage_of
 from chimera.train.run.start import find_checkpoints
-from tests.train.conftest import ROOT, steps_of, weights_of
+from tests.train.conftest import ROOT, rewrite, steps_of, weights_of
 
 COMPOSER = Path(sys.executable).parent / "composer"
 
@@ -104,7 +104,7 @@ def test_ranks_of_other_shards_are_refused(overrides, demo_shards, tmp_path, war
     before = hashlib.sha256(index.read_bytes()).hexdigest()
     index.write_bytes(index.read_bytes() + b"\n")
     after = hashlib.sha256(index.read_bytes()).hexdigest()
-    manifest.write_text(manifest.read_text().replace(before, after))
+    rewrite(manifest, before, after)
 
     config = overrides("two", "max_duration=2ba")
     host = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

@@ -20,7 +20,7 @@ import pytest
 
 from chimera.cli import UserError
 from chimera.commands.train import main
-from tests.train.conftest import ROOT, steps_of
+from tests.train.conftest import ROOT, forget_trackers, steps_of
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -88,6 +88,7 @@ def test_curves_go_to_the_loggers_named(overrides, tmp_path):
 
 
 def test_trackers_hold_the_curves_of_all_starts_of_a_run(overrides, tmp_path, monkeypatch):
+    forget_trackers()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
