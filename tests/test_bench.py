@@ -82,6 +82,7 @@ def test_hub_reads_the_same_rows_both_ways(out: Path) -> None:
     assert {name: way["rows"] for name, way in read(out)["books"].items()} == {"ours": 5, "load_dataset": 5}
 
 
+@pytest.mark.chaos
 def test_convert_gives_the_same_ids_all_ways(tmp_path: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
