@@ -162,8 +162,9 @@ def build_trainer(
     )
     from chimera.train.run.evaluate import Generate, evaluators
     from chimera.train.run.loggers import loggers
-    from chimera.train.run.monitor import Monitor, archive
+    from chimera.train.run.monitor import Monitor
     from chimera.train.run.ranks import run_on_ranks
+    from chimera.train.run.step_files import archive
     from chimera.train.step.collate import LabelRules
     from chimera.train.step.configuration import check_tokens
     from chimera.train.step.model import build_model

@@ -19,7 +19,7 @@ from composer.utils import dist
 from chimera.cli import UserError, say
 from chimera.text import one_line
 from chimera.train.run.checkpoint_schema import Parent
-from chimera.train.run.monitor import MetricsFile
+from chimera.train.run.step_files import MetricsFile
 from chimera.train.settings import TrainSettings
 from chimera.versions import install
 

@@ -14,7 +14,7 @@ import pytest
 from chimera.commands.train import main as train
 from chimera.train.data import mixture
 from chimera.train.order.ordering import RunOrder
-from chimera.train.run.monitor import keep_steps
+from chimera.train.run.step_files import keep_steps
 from tests.train.conftest import steps_of
 
 
